@@ -1,0 +1,94 @@
+# Two commands on a fresh machine: `make demo` and `make test`. `make` alone lists all of them.
+# Everything is installed into this folder (.venv, and .uv where uv itself is missing); nothing outside it is touched
+# except uv's download cache. Paths are relative, so a folder with a space in its name works.
+#   PYTHON=python3.12      use this interpreter (default: any Python 3.11 to 3.13 that uv finds)
+#   PYTEST_ARGS="-k text"  is passed on to pytest; `--slow` adds the slow tests
+#   LAB_ARGS="--no-browser" is passed on to JupyterLab
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.PHONY: help demo test lab lint install install-test clean distclean
+
+PYTHON ?=
+PYTEST_ARGS ?=
+LAB_ARGS ?=
+
+NOTEBOOK := notebooks/01_text.ipynb
+RECIPE := params/text_quick.yaml
+
+# An environment of another project, or paths of another interpreter, must not leak into this one.
+unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
+
+# Downloads are cached in the home folder as usual; where that cannot be written, in .cache beside this file.
+UV_CACHE_DIR ?= $(shell dir="$${XDG_CACHE_HOME:-$$HOME/.cache}/uv"; \
+	mkdir -p "$$dir" 2>/dev/null && test -w "$$dir" && echo "$$dir" || echo .cache/uv)
+export UV_CACHE_DIR
+
+# uv from the PATH when it really starts (a version manager's shim may not), else the one in .uv.
+UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo .uv/bin/uv)
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
+
+demo: .venv/.installed ## fine-tune the built-in tiny Gemma 3n on a CPU and show what it learned (minutes)
+	@echo "forgekit: running $(NOTEBOOK) with $(RECIPE)"
+	@.venv/bin/python -m forgekit run $(NOTEBOOK) --recipe $(RECIPE)
+
+test: .venv/.installed-test ## run the default tests (CPU, minutes); PYTEST_ARGS=--slow adds the slow ones
+	@echo "forgekit: running the tests"
+	@test -w "$$HOME" || { mkdir -p .cache/home; export HOME="$$PWD/.cache/home"; }; \
+	.venv/bin/python -m pytest $(PYTEST_ARGS)
+
+lab: .venv/.installed ## open JupyterLab on 127.0.0.1 with this environment
+	@.venv/bin/python -m forgekit lab $(LAB_ARGS)
+
+lint: .venv/.installed-test ## check code and notebooks: ruff, formatting, types
+	@echo "forgekit: ruff check"
+	@.venv/bin/ruff check
+	@echo "forgekit: ruff format --check"
+	@.venv/bin/ruff format --check
+	@echo "forgekit: mypy"
+	@.venv/bin/mypy
+
+install: .venv/.installed ## install forgekit and what it needs into .venv
+
+install-test: .venv/.installed-test ## install also what the tests and checks need
+
+clean: ## remove builds and caches; keep the environment and the runs
+	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
+	@find . \( -name .venv -o -name .uv -o -name .cache -o -name .git -o -name runs \) -prune \
+		-o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -prune -exec rm -rf {} +
+
+distclean: clean ## remove the environment too (.venv, .uv, .cache); keep the runs
+	@rm -rf .venv .uv .cache uv.lock
+
+# The stamps hold the folder's path and the settings that were installed: a moved folder and a changed pyproject.toml
+# are installed again, anything else is left alone (and needs no network).
+.venv/.installed: pyproject.toml | .venv/bin/python
+	@$(call install_package,.,forgekit and what it needs)
+	@touch $@
+
+.venv/.installed-test: pyproject.toml | .venv/bin/python
+	@$(call install_package,.[test],forgekit and what it and its tests need)
+	@touch .venv/.installed $@
+
+define install_package
+echo "forgekit: installing $(2) (the first time about 3 GB are downloaded)"; \
+test -t 2 || quiet=--quiet; \
+$(UV) pip install $$quiet --python .venv/bin/python --editable "$(1)" || \
+	{ echo "forgekit: the installation failed; the reason stands above." >&2; exit 1; }
+endef
+
+.venv/bin/python: | $(if $(filter uv,$(UV)),,$(UV))
+	@echo "forgekit: creating .venv"
+	@$(UV) venv --quiet --no-project --allow-existing --python "$(or $(PYTHON),>=3.11,<3.14)" .venv || { \
+		echo "forgekit: no Python 3.11, 3.12 or 3.13 was found$(if $(PYTHON), as $(PYTHON)); install one, or name it with PYTHON=/path/to/python3." >&2; \
+		exit 1; }
+
+# A virtual environment of its own, because a system Python that is managed by the distribution refuses `pip install`.
+.uv/bin/uv:
+	@echo "forgekit: uv was not found; installing it into .uv"
+	@python3 -m venv .uv || { \
+		echo "forgekit: 'python3 -m venv' does not work here; install it (Debian, Ubuntu: apt-get install python3-venv), or install uv." >&2; \
+		rm -rf .uv; exit 1; }
+	@.uv/bin/python -m pip install --quiet --disable-pip-version-check --cache-dir .cache/pip uv
