@@ -1,7 +1,7 @@
 # Two commands on a fresh machine: `make demo` and `make test`. `make` alone lists all of them.
 # Everything is installed into this folder (.venv, and .uv where uv itself is missing); nothing outside it is touched
 # except uv's download cache. Paths are relative, so a folder with a space in its name works.
-#   PYTHON=python3.12      use this interpreter (default: any Python 3.11 to 3.13 that uv finds)
+#   PYTHON=python3.12      makes .venv from this interpreter (default: any Python 3.11 to 3.13 that uv finds)
 #   PYTEST_ARGS="-k text"  is passed on to pytest; `--slow` adds the slow tests
 #   LAB_ARGS="--no-browser" is passed on to JupyterLab
 
@@ -20,12 +20,19 @@ RECIPE := params/text_quick.yaml
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 
 # Downloads are cached in the home folder as usual; where that cannot be written, in .cache beside this file.
-UV_CACHE_DIR ?= $(shell dir="$${XDG_CACHE_HOME:-$$HOME/.cache}/uv"; \
-	mkdir -p "$$dir" 2>/dev/null && test -w "$$dir" && echo "$$dir" || echo .cache/uv)
+ifeq ($(origin UV_CACHE_DIR),undefined)
+UV_CACHE_DIR := $(shell dir="$${XDG_CACHE_HOME:-$$HOME/.cache}/uv"; \
+	mkdir -p "$$dir" 2>/dev/null && test -w "$$dir" && echo "$$dir" || echo "$(CURDIR)/.cache/uv")
+endif
 export UV_CACHE_DIR
 
 # uv from the PATH when it really starts (a version manager's shim may not), else the one in .uv.
 UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo .uv/bin/uv)
+UV_FILE := $(filter .uv/bin/uv,$(UV))
+
+# Commands in an environment start with its absolute path, so after the folder was moved or copied they are made anew.
+$(shell for env in .venv .uv; do \
+	test ! -f $$env/.folder || test "$$(cat $$env/.folder)" = "$$(pwd -P)" || rm -rf $$env; done)
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -62,13 +69,12 @@ clean: ## remove builds and caches; keep the environment and the runs
 distclean: clean ## remove the environment too (.venv, .uv, .cache); keep the runs
 	@rm -rf .venv .uv .cache uv.lock
 
-# The stamps hold the folder's path and the settings that were installed: a moved folder and a changed pyproject.toml
-# are installed again, anything else is left alone (and needs no network).
-.venv/.installed: pyproject.toml | .venv/bin/python
+# Stamps: an installed tree is left alone (and needs no network) until pyproject.toml changes.
+.venv/.installed: pyproject.toml | .venv/bin/python $(UV_FILE)
 	@$(call install_package,.,forgekit and what it needs)
 	@touch $@
 
-.venv/.installed-test: pyproject.toml | .venv/bin/python
+.venv/.installed-test: pyproject.toml | .venv/bin/python $(UV_FILE)
 	@$(call install_package,.[test],forgekit and what it and its tests need)
 	@touch .venv/.installed $@
 
@@ -79,11 +85,12 @@ $(UV) pip install $$quiet --python .venv/bin/python --editable "$(1)" || \
 	{ echo "forgekit: the installation failed; the reason stands above." >&2; exit 1; }
 endef
 
-.venv/bin/python: | $(if $(filter uv,$(UV)),,$(UV))
+.venv/bin/python: | $(UV_FILE)
 	@echo "forgekit: creating .venv"
-	@$(UV) venv --quiet --no-project --allow-existing --python "$(or $(PYTHON),>=3.11,<3.14)" .venv || { \
+	@$(UV) venv --quiet --no-project --clear --python "$(or $(PYTHON),>=3.11,<3.14)" .venv || { \
 		echo "forgekit: no Python 3.11, 3.12 or 3.13 was found$(if $(PYTHON), as $(PYTHON)); install one, or name it with PYTHON=/path/to/python3." >&2; \
 		exit 1; }
+	@pwd -P > .venv/.folder
 
 # A virtual environment of its own, because a system Python that is managed by the distribution refuses `pip install`.
 .uv/bin/uv:
@@ -92,3 +99,4 @@ endef
 		echo "forgekit: 'python3 -m venv' does not work here; install it (Debian, Ubuntu: apt-get install python3-venv), or install uv." >&2; \
 		rm -rf .uv; exit 1; }
 	@.uv/bin/python -m pip install --quiet --disable-pip-version-check --cache-dir .cache/pip uv
+	@pwd -P > .uv/.folder
