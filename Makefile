@@ -58,8 +58,10 @@ lint: .venv/.installed-test ## check code and notebooks: ruff, formatting, types
 	@.venv/bin/mypy
 
 install: .venv/.installed ## install forgekit and what it needs into .venv
+	@:
 
 install-test: .venv/.installed-test ## install also what the tests and checks need
+	@:
 
 clean: ## remove builds and caches; keep the environment and the runs
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
@@ -79,7 +81,7 @@ distclean: clean ## remove the environment too (.venv, .uv, .cache); keep the ru
 	@touch .venv/.installed $@
 
 define install_package
-echo "forgekit: installing $(2) (the first time about 3 GB are downloaded)"; \
+echo "forgekit: installing $(2) (the first time about 3.5 GB are downloaded)"; \
 test -t 2 || quiet=--quiet; \
 $(UV) pip install $$quiet --python .venv/bin/python --editable "$(1)" || \
 	{ echo "forgekit: the installation failed; the reason stands above." >&2; exit 1; }
