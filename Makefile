@@ -1,7 +1,7 @@
 # Two commands on a fresh machine: `make demo` and `make test`. `make` alone lists all of them.
 # Everything is installed into this folder (.venv, and .uv where uv itself is missing); nothing outside it is touched
 # except uv's download cache. Paths are relative, so a folder with a space in its name works.
-#   PYTHON=python3.12      makes .venv from this interpreter (default: any Python 3.11 to 3.13 that uv finds)
+#   PYTHON=python3.12      makes .venv from this interpreter (default: any in range that uv finds)
 #   PYTEST_ARGS="-k text"  is passed on to pytest; `--slow` adds the slow tests
 #   LAB_ARGS="--no-browser" is passed on to JupyterLab
 
@@ -9,7 +9,8 @@ SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .PHONY: help demo test lab lint install install-test clean distclean
 
-PYTHON ?=
+# The range that pyproject.toml requires; a name or a path takes its place.
+PYTHON ?= >=3.11,<3.14
 PYTEST_ARGS ?=
 LAB_ARGS ?=
 
@@ -87,11 +88,18 @@ $(UV) pip install $$quiet --python .venv/bin/python --editable "$(1)" || \
 	{ echo "forgekit: the installation failed; the reason stands above." >&2; exit 1; }
 endef
 
+# uv first looks for a Python in range on this machine; where there is none it may download one, into .cache.
 .venv/bin/python: | $(UV_FILE)
 	@echo "forgekit: creating .venv"
-	@$(UV) venv --quiet --no-project --clear --python "$(or $(PYTHON),>=3.11,<3.14)" .venv || { \
-		echo "forgekit: no Python 3.11, 3.12 or 3.13 was found$(if $(PYTHON), as $(PYTHON)); install one, or name it with PYTHON=/path/to/python3." >&2; \
-		exit 1; }
+	@why="the reason stands above"; \
+	python="$$($(UV) python find --no-project --system "$(PYTHON)" 2>/dev/null)" || { \
+		echo "forgekit: found no interpreter for $(PYTHON); trying to download one"; \
+		why="install Python 3.11, 3.12 or 3.13, or name one with PYTHON=/path/to/python3"; \
+		python="$(PYTHON)"; \
+		export UV_PYTHON_INSTALL_DIR="$${UV_PYTHON_INSTALL_DIR:-$$PWD/.cache/python}"; \
+		exec 2>/dev/null; }; \
+	$(UV) venv --quiet --no-project --clear --python "$$python" .venv || { \
+		echo "forgekit: .venv could not be created: $$why."; exit 1; }
 	@pwd -P > .venv/.folder
 
 # A virtual environment of its own, because a system Python that is managed by the distribution refuses `pip install`.

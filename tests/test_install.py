@@ -17,6 +17,8 @@ from packaging.specifiers import SpecifierSet
 
 PYTHONS = ("3.11", "3.12", "3.13")
 
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
 # Written so that no pattern matches its own line.
 REGISTRY_HOST = re.compile(
     r"index[-_]url|find[-_]links|\[\[tool\.uv\.index|UV_(?:DEFAULT_)?INDEX|"
@@ -40,7 +42,7 @@ def conda(project_folder: Path) -> dict:
 def wheel(project_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel of the checkout, built without the network."""
     folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, project_folder]
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(project_folder)]
     done = subprocess.run(build, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return next(folder.glob("forgekit-*.whl"))
@@ -115,7 +117,7 @@ def test_torch_range_is_the_tested_one(pyproject: dict) -> None:
     assert inside == [11, 12, 13, 14]
 
 
-def test_python_bounds_agree_everywhere(pyproject: dict, conda: dict, project_folder: Path) -> None:
+def test_python_bounds_agree_everywhere(pyproject: dict, conda: dict) -> None:
     bounds = SpecifierSet(pyproject["project"]["requires-python"])
     assert tuple(f"3.{minor}" for minor in range(8, 18) if bounds.contains(f"3.{minor}.0")) == PYTHONS
     classified = re.findall(r"Python :: (3\.\d+)", "\n".join(pyproject["project"]["classifiers"]))
@@ -123,10 +125,15 @@ def test_python_bounds_agree_everywhere(pyproject: dict, conda: dict, project_fo
     assert SpecifierSet(str(conda["dependencies"][0]).removeprefix("python")) == bounds
     assert pyproject["tool"]["ruff"]["target-version"] == "py" + PYTHONS[0].replace(".", "")
     assert pyproject["tool"]["mypy"]["python_version"] == PYTHONS[0]
-    makefile = (project_folder / "Makefile").read_text(encoding="utf-8")
-    asked_of_uv = re.search(r"\$\(or \$\(PYTHON\),([^)]*)\)", makefile)
-    assert asked_of_uv is not None
-    assert SpecifierSet(asked_of_uv.group(1)) == bounds
+
+
+@needs_make
+def test_make_asks_uv_for_the_same_pythons(pyproject: dict, project_folder: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHON"}
+    command = ["make", "--dry-run", "--always-make", ".venv/bin/python"]
+    planned = subprocess.run(command, cwd=project_folder, env=environment, capture_output=True, text=True, check=True)
+    asked = re.findall(r'python find .*"([<>=].*?)"', planned.stdout)
+    assert [SpecifierSet(text) for text in asked] == [SpecifierSet(pyproject["project"]["requires-python"])]
 
 
 def test_package_and_project_carry_the_same_version(pyproject: dict, installed: Path, tmp_path: Path) -> None:
@@ -171,7 +178,7 @@ def test_lock_file_is_ignored_and_weights_are_not(project_folder: Path) -> None:
     assert asked.stdout.split() == names[:2]
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@needs_make
 def test_make_help_describes_every_target(project_folder: Path) -> None:
     makefile = (project_folder / "Makefile").read_text(encoding="utf-8")
     phony = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
