@@ -44,8 +44,7 @@ demo: .venv/.installed ## fine-tune the built-in tiny Gemma 3n on a CPU and show
 
 test: .venv/.installed-test ## run the default tests (CPU, minutes); PYTEST_ARGS=--slow adds the slow ones
 	@echo "forgekit: running the tests"
-	@test -w "$$HOME" || { mkdir -p .cache/home; export HOME="$$PWD/.cache/home"; }; \
-	.venv/bin/python -m pytest $(PYTEST_ARGS)
+	@.venv/bin/python -m pytest $(PYTEST_ARGS)
 
 lab: .venv/.installed ## open JupyterLab on 127.0.0.1 with this environment
 	@.venv/bin/python -m forgekit lab $(LAB_ARGS)

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
-# Nothing in the tests may depend on the network, and Unsloth must not report their runs as usage. Set here because
-# both libraries read these variables while they are imported.
+from forgekit.environment import set_environment
+
+# No test may depend on the network, be counted as usage or need a home folder that can be written. Set here because
+# libraries read these variables while they are imported; kernels and commands that a test starts inherit them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+set_environment()
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
