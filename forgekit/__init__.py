@@ -1,0 +1,95 @@
+"""forgekit: fine-tune Gemma 3n from notebooks that a person can read, click, test and run headless.
+
+Importing this loads neither torch nor Unsloth; each function brings what it needs when it is called.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:  # the table of contents, in order of flow
+    # settings and the run's folder
+    from .adapter.lora import add_adapter as add_adapter
+    from .adapter.lora import count_trainable as count_trainable
+    from .config import Config as Config
+    from .config import load_config as load_config
+
+    # data
+    from .data.load import load_data as load_data
+    from .data.show import show_example as show_example
+    from .data.show import show_labels as show_labels
+
+    # what goes wrong
+    from .errors import ConfigError as ConfigError
+    from .errors import DataError as DataError
+    from .errors import ExportError as ExportError
+    from .errors import ForgekitError as ForgekitError
+    from .errors import ModelError as ModelError
+    from .errors import RunError as RunError
+
+    # evaluate
+    from .evaluate.generate import generate_answer as generate_answer
+    from .evaluate.generate import generate_answers as generate_answers
+    from .evaluate.scores import Scores as Scores
+    from .evaluate.scores import compare_scores as compare_scores
+    from .evaluate.scores import evaluate_model as evaluate_model
+    from .evaluate.scores import show_answers as show_answers
+    from .export.adapter import load_export as load_export
+    from .export.model import export_model as export_model
+    from .model.load import load_model as load_model
+    from .model.load import load_processor as load_processor
+    from .model.load import start_engine as start_engine
+    from .run_folder import Run as Run
+    from .run_folder import start_run as start_run
+    from .train.sft import sft_trainer as sft_trainer
+
+# public name -> module, in order of flow; resolved when first used
+CONTENTS = {
+    # settings and the run's folder
+    "load_config": "config",
+    "Config": "config",
+    "start_run": "run_folder",
+    "Run": "run_folder",
+    # data
+    "load_processor": "model.load",
+    "load_data": "data.load",
+    "show_example": "data.show",
+    "show_labels": "data.show",
+    # model
+    "start_engine": "model.load",
+    "load_model": "model.load",
+    # adapter
+    "add_adapter": "adapter.lora",
+    "count_trainable": "adapter.lora",
+    # train
+    "sft_trainer": "train.sft",
+    # evaluate
+    "evaluate_model": "evaluate.scores",
+    "compare_scores": "evaluate.scores",
+    "show_answers": "evaluate.scores",
+    "Scores": "evaluate.scores",
+    "generate_answer": "evaluate.generate",
+    "generate_answers": "evaluate.generate",
+    # export
+    "export_model": "export.model",
+    "load_export": "export.adapter",
+    # what goes wrong
+    "ForgekitError": "errors",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "ModelError": "errors",
+    "RunError": "errors",
+    "ExportError": "errors",
+}
+__all__ = [*CONTENTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in CONTENTS:
+        raise AttributeError(f"module 'forgekit' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{CONTENTS[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*CONTENTS, "__version__"])

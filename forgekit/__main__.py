@@ -1,0 +1,133 @@
+"""The `forgekit` command; each verb is a thin call of one public function."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .errors import ConfigError, ForgekitError
+
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = argparse.ArgumentParser(
+        prog="forgekit", description="Fine-tune Gemma 3n from notebooks: interactive in JupyterLab, headless from here."
+    )
+    parser.add_argument("--version", action="version", version=f"forgekit {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    verb = verbs.add_parser(
+        "init",
+        help="copy the notebooks and recipes into a folder",
+        description="Copy the notebooks and recipes into DIR; nothing is written over.",
+    )
+    verb.add_argument("dir", metavar="DIR", type=Path)
+
+    verb = verbs.add_parser(
+        "run",
+        help="execute a notebook without a browser",
+        description="Execute a notebook with a recipe; settings are checked before anything is loaded. Exit code: 0 completed, 1 failed, 2 wrong usage or settings.",
+        epilog="example: forgekit run notebooks/01_text.ipynb --recipe params/text.yaml --set train.max_steps=60 adapter.r=32",
+    )
+    verb.add_argument("notebook", metavar="NOTEBOOK", type=Path)
+    verb.add_argument("--recipe", metavar="R", help="YAML file with settings; default: the one the notebook names")
+    verb.add_argument(
+        "--set",
+        metavar="a.b=c",
+        action="extend",
+        nargs="+",
+        default=[],
+        help="change a setting, for instance train.max_steps=60; the value is read as YAML",
+    )
+    verb.add_argument("--name", metavar="N", help="the run's name, its folder below runs/; default: the time")
+
+    verbs.add_parser(
+        "doctor",
+        help="check versions, GPU, memory, engines and disk",
+        description="Check this machine; each finding comes with a remedy. Exit code 1 when something is bad.",
+    )
+
+    verb = verbs.add_parser(
+        "lab",
+        help="start JupyterLab on 127.0.0.1",
+        description="Start JupyterLab on 127.0.0.1 with this environment; more arguments go to `jupyter lab`.",
+    )
+    verb.add_argument("arguments", metavar="ARG", nargs=argparse.REMAINDER)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    # `lab` hands everything on, options too, which argparse would keep for itself
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["lab"] and arguments[1:2] not in (["-h"], ["--help"]):
+        return start_lab(arguments[1:])
+    options = make_parser().parse_args(arguments)
+    verbs = {"init": init, "run": run, "doctor": doctor}
+    try:
+        return verbs[options.verb](options)
+    except ConfigError as error:
+        print(f"forgekit: {error}", file=sys.stderr)
+        return USAGE
+    except ForgekitError as error:
+        print(f"forgekit: {error}", file=sys.stderr)
+        return FAILED
+
+
+def init(options: argparse.Namespace) -> int:
+    """Copy notebooks and recipes."""
+    from .project import init_project
+
+    for file in init_project(options.dir):
+        print(file)
+    print(f"\nNext: cd {options.dir} && forgekit run notebooks/01_text.ipynb   (or: forgekit lab)")
+    return 0
+
+
+def run(options: argparse.Namespace) -> int:
+    """Execute a notebook."""
+    from .runs.headless import run_notebook
+    from .runs.summary import print_summary
+
+    finished = run_notebook(options.notebook, options.recipe, read_assignments(options.set), options.name)
+    print_summary(finished)
+    return {"completed": 0, "stopped": INTERRUPTED}.get(finished.record["state"], FAILED)
+
+
+def read_assignments(assignments: list[str]) -> dict[str, Any]:
+    """Turn ["train.max_steps=60"] into {"train.max_steps": 60}. Raises ConfigError for one without "="."""
+    from .config import parse_yaml
+
+    settings = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {assignment}: write it as name=value, for instance train.max_steps=60.")
+        settings[name.strip()] = parse_yaml(value, f"--set {name}")
+    return settings
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Print the findings."""
+    from .doctor import BAD, examine
+
+    findings = examine()
+    for finding in findings:
+        print(finding)
+    return FAILED if any(finding.state == BAD for finding in findings) else 0
+
+
+def start_lab(arguments: list[str]) -> int:
+    """Replace this process by JupyterLab."""
+    from .environment import set_environment
+
+    set_environment()
+    os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", *arguments])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What learns: low-rank matrices beside chosen layers, on either engine."""

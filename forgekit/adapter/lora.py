@@ -1,0 +1,177 @@
+"""Low-rank adapters (LoRA) on chosen groups of layers: https://arxiv.org/abs/2106.09685.
+
+The names follow Gemma 3n's modules in transformers. Layers that share keys and values have no k_proj and v_proj of their
+own, so a model with 30 layers of which 10 share has 30 q and 20 k.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import Config
+from ..errors import ConfigError, ModelError
+from ..model.load import start_engine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# group -> names of the Linear modules it stands for, behind any prefix
+GROUPS = {
+    "attention": r"layers\.\d+\.self_attn\.(?:q|k|v|o)_proj",
+    "mlp": r"layers\.\d+\.mlp\.(?:gate|up|down)_proj",
+    # MobileNetV5 consists of convolutions, so Linear-only LoRA reaches one module of the picture side: its projection
+    "vision": r"embed_vision\.embedding_projection",
+    "audio": r"(?:audio_tower\..*(?:ffw_layer_1|ffw_layer_2|q_proj|k_proj|v_proj|post|linear_start|linear_end|input_proj_linear)|embed_audio\.embedding_projection)",
+}
+TOWERS = {"vision": ("vision_tower", "embed_vision"), "audio": ("audio_tower", "embed_audio")}
+
+
+def write_target_regex(layers: tuple[str, ...]) -> str:
+    """Return the regular expression that PEFT matches whole module names with."""
+    return rf"(?:.*\.)?(?:{'|'.join(GROUPS[group] for group in layers)})"
+
+
+def check_groups(model: "PreTrainedModel", layers: tuple[str, ...]) -> None:
+    """Raise ConfigError for a group that this model has no module of."""
+    names = [name for name, _ in model.named_modules()]
+    for group in layers:
+        if not any(re.fullmatch(write_target_regex((group,)), name) for name in names):
+            raise ConfigError(
+                f"adapter.layers: {group!r} matches no module of {type(model).__name__}, so it would learn nothing. Leave it out."
+            )
+
+
+def add_adapter(model: "PreTrainedModel", config: Config) -> Any:
+    """Make `adapter.layers` learn, and print how much that is, tower by tower.
+
+    Returns a `peft.PeftModel` around the model; with `load_in: full` the model itself, its language part unfrozen.
+    The matrices start from `train.seed`, or from the weights in `adapter.path`.
+
+    Raises:
+        ConfigError: a group matches nothing, or the adapter in `adapter.path` was made with other settings.
+    """
+    engine = start_engine(config)
+    check_groups(model, config.adapter.layers)
+    if config.model.load_in == "full":
+        learner = unfreeze_language(model)
+    elif engine == "unsloth":
+        learner = add_unsloth_adapter(model, config)
+    else:
+        learner = add_peft_adapter(model, config)
+    if config.adapter.path:
+        load_adapter_weights(learner, Path(config.adapter.path))
+    print_trainable(learner)
+    return learner
+
+
+def add_peft_adapter(model: "PreTrainedModel", config: Config) -> Any:
+    """Add the adapter with PEFT alone."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import set_seed
+
+    adapter = config.adapter
+    set_seed(config.train.seed)
+    settings = LoraConfig(
+        r=adapter.r,
+        lora_alpha=adapter.lora_alpha,
+        lora_dropout=adapter.lora_dropout,
+        use_rslora=adapter.use_rslora,
+        use_dora=adapter.use_dora,
+        target_modules=write_target_regex(adapter.layers),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, settings)
+
+
+def add_unsloth_adapter(model: "PreTrainedModel", config: Config) -> Any:
+    """Add the adapter through unsloth.FastModel, which also sets up its gradient checkpointing.
+
+    The modules are named by the same expression as with PEFT, so both engines train the same ones.
+    """
+    from unsloth import FastModel
+
+    adapter = config.adapter
+    return FastModel.get_peft_model(
+        model,
+        r=adapter.r,
+        lora_alpha=adapter.lora_alpha,
+        lora_dropout=adapter.lora_dropout,
+        use_rslora=adapter.use_rslora,
+        use_dora=adapter.use_dora,
+        target_modules=write_target_regex(adapter.layers),
+        bias="none",
+        random_state=config.train.seed,
+        use_gradient_checkpointing={"auto": "unsloth", "on": "unsloth", "off": False}[
+            config.train.gradient_checkpointing
+        ],
+    )
+
+
+def unfreeze_language(model: "PreTrainedModel") -> "PreTrainedModel":
+    """Make every weight of the language model learn and freeze the towers."""
+    towers = sum(TOWERS.values(), ())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(tower in name for tower in towers))
+    return model
+
+
+def load_adapter_weights(model: Any, folder: Path) -> None:
+    """Put the weights of a saved adapter into the one just made; names and shapes must agree.
+
+    Raises ConfigError when the folder holds no adapter or was made with another r, alpha or choice of layers.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise ConfigError(f"adapter.path: {folder} holds no adapter (adapter_model.safetensors is missing).")
+    saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    now = model.peft_config["default"]
+    problems = [
+        f"adapter.{name} is {getattr(now, name)}, but the adapter in {folder} was made with {saved[name]}. Set it to that."
+        for name in ("r", "lora_alpha", "use_rslora", "use_dora")
+        if getattr(now, name) != saved[name]
+    ]
+    tensors = load_file(weights)
+    if not problems and tensors.keys() != get_peft_model_state_dict(model).keys():
+        problems = [f"adapter.layers chooses other modules than the adapter in {folder} has ({len(tensors)} tensors)."]
+    if problems:
+        raise ConfigError(problems)
+    set_peft_model_state_dict(model, tensors)
+
+
+def count_trainable(model: Any) -> dict[str, dict[str, int]]:
+    """Count modules and parameters that learn, and all parameters, by tower: language, vision, audio.
+
+    A 4-bit weight counts as the parameters it stands for, two a byte. The vision and audio projections into the language
+    model count with their tower.
+    """
+    counts = {tower: {"modules": 0, "trainable": 0, "total": 0} for tower in ("language", *TOWERS)}
+    modules: set[tuple[str, str]] = set()
+    for name, parameter in model.named_parameters():
+        tower = next((tower for tower, parts in TOWERS.items() if any(part in name for part in parts)), "language")
+        packed = 2 if parameter.dtype.itemsize == 1 and type(parameter).__name__ == "Params4bit" else 1
+        counts[tower]["total"] += parameter.numel() * packed * ("lora_" not in name)
+        if parameter.requires_grad:
+            counts[tower]["trainable"] += parameter.numel()
+            modules.add((tower, re.split(r"\.lora_|\.weight$|\.bias$", name)[0]))
+    for tower, _ in modules:
+        counts[tower]["modules"] += 1
+    return counts
+
+
+def print_trainable(model: Any) -> None:
+    """Print one line a tower. Raises ModelError when nothing learns."""
+    counts = count_trainable(model)
+    trainable, total = (sum(count[key] for count in counts.values()) for key in ("trainable", "total"))
+    if not trainable:
+        raise ModelError("Nothing learns: no parameter of the model requires a gradient. Choose other adapter.layers.")
+    for tower, count in counts.items():
+        if count["total"]:
+            print(
+                f"{tower:>8}: {count['modules']:>3} modules learn, {count['trainable']:>13,} of {count['total']:>13,} parameters"
+            )
+    print(f"   total: {trainable:,} parameters learn, {trainable / total:.2%} of the base model's {total:,}")

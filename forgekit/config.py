@@ -1,0 +1,308 @@
+"""A recipe (YAML) and later settings become one checked, frozen Config that remembers where each value came from.
+
+default < recipe < notebook < --set < panel          the stronger one wins; None inherits
+"""
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import yaml
+from pydantic import PrivateAttr, ValidationError
+
+from .errors import ConfigError
+from .settings import Adapter, Data, Evaluate, Export, Model, Section, Train
+
+if TYPE_CHECKING:
+    import pandas
+
+Settings = Mapping[str, Any] | str | None
+RECIPE_LIMIT = 1_000_000  # bytes; a larger file is data, not a recipe
+
+
+class Config(Section):
+    """All settings of a run, in the six sections. Make one with `load_config`; change one with `change`."""
+
+    data: Data = Data()
+    model: Model = Model()
+    adapter: Adapter = Adapter()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    export: Export = Export()
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+    _recipe: Path | None = PrivateAttr(default=None)
+
+    @property
+    def recipe(self) -> Path | None:
+        """The recipe's file, or None when there was none."""
+        return self._recipe
+
+    def origin(self, name: str) -> str:
+        """Say where the value of a dotted name came from: "default", the recipe's file name, "notebook", "--set", ..."""
+        return self._origins.get(name, "default")
+
+    def change(self, settings: Settings, origin: str = "notebook") -> Self:
+        """Return a new Config with some dotted names changed, checked again as a whole."""
+        layers = [
+            (self._origins.get(name, "default"), {name: value}) for name, value in flatten(self.model_dump()).items()
+        ]
+        layers = [layer for layer in layers if layer[0] != "default"]
+        return type(self)._build([*layers, (origin, read_settings(settings))], self._recipe)
+
+    def table(self, changed: bool = True) -> "pandas.DataFrame":
+        """Return the settings as a table (setting, value, origin, help); `changed` keeps those that differ from the defaults."""
+        import pandas
+
+        fields = {f"{s}.{n}": f for s, section in SECTIONS.items() for n, f in section.model_fields.items()}
+        rows = [
+            (name, value, self.origin(name), fields[name].description)
+            for name, value in flatten(self.model_dump()).items()
+            if not changed or self.origin(name) != "default"
+        ]
+        return pandas.DataFrame(rows, columns=["setting", "value", "from", "meaning"]).set_index("setting")
+
+    @classmethod
+    def _build(cls, layers: Iterable[tuple[str, dict[str, Any]]], recipe: Path | None) -> Self:
+        """Merge layers of dotted names, weakest first, and check them all; every problem is reported at once."""
+        values: dict[str, Any] = {}
+        origins: dict[str, str] = {}
+        problems: list[str] = []
+        for origin, layer in layers:
+            for name, value in layer.items():
+                if name not in NAMES:
+                    problems.append(f"{name}: no such setting (from {origin}).{suggest(name, NAMES)}")
+                elif value is not None:
+                    values[name], origins[name] = value, origin
+        try:
+            config = cls.model_validate(nest(values))
+        except ValidationError as error:
+            problems += [explain(problem, values, origins) for problem in error.errors()]
+        if problems:
+            raise ConfigError(sorted(set(problems)))
+        config._origins, config._recipe = origins, recipe
+        check_together(config)
+        return config
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "data": Data,
+    "model": Model,
+    "adapter": Adapter,
+    "train": Train,
+    "evaluate": Evaluate,
+    "export": Export,
+}
+NAMES = [f"{section}.{name}" for section, fields in SECTIONS.items() for name in fields.model_fields]
+GROUPS = ("attention", "mlp", "vision", "audio")
+
+
+def load_config(recipe: str | Path | None = None, settings: Settings = None, origin: str | None = None) -> Config:
+    """Read a recipe, put `settings` (dotted names, or their JSON / YAML text) on top, and check everything at once.
+
+    Args:
+        recipe: a YAML file; looked for in the current folder and up to two folders above it. None: defaults alone.
+        settings: for instance {"train.max_steps": 60}; a nested mapping does too.
+        origin: what the settings are called in tables; "--set" under `forgekit run`, else "notebook".
+
+    Raises:
+        ConfigError: with one sentence for every problem found, before any weights are read.
+    """
+    check_parameters()
+    path = find_recipe(recipe) if recipe else None
+    layers = [(path.name, read_recipe(path))] if path else []
+    origin = origin or ("--set" if os.environ.get("FORGEKIT_RUN") else "notebook")
+    return Config._build([*layers, (origin, read_settings(settings))], path)
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """Return the recipe's absolute path. Raises ConfigError naming the places that were searched."""
+    here = Path.cwd()
+    places = [folder / recipe for folder in (here, *list(here.parents)[:2])]
+    for place in places:
+        if place.is_file():
+            return place.resolve()
+    folder = next(
+        (place.parent for place in places if place.parent.is_dir() and any(place.parent.glob("*.yaml"))), None
+    )
+    known = sorted(file.name for file in folder.glob("*.yaml")) if folder else []
+    hint = (
+        f" There are: {', '.join(known)}."
+        if known
+        else " `forgekit init DIR` copies the shipped notebooks and recipes."
+    )
+    raise ConfigError(f"recipe {str(recipe)!r}: no such file in {here} or the two folders above it.{hint}")
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """YAML with 1.2's numbers and booleans: `2e-4` is a number, only true and false are booleans; nothing twice, no aliases."""
+
+    yaml_implicit_resolvers = {
+        first: [
+            (tag, pattern)
+            for tag, pattern in resolvers
+            if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+        ]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        """Refuse a key that stands twice: YAML would keep the last one silently."""
+        keys = [key.value for key, _ in node.value]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if twice:
+            raise yaml.YAMLError(f"{twice[0]!r} stands twice in one section, line {node.start_mark.line + 1} on")
+        return super().construct_mapping(node, deep)
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Refuse aliases, which can make a small file huge."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not allowed in a recipe")
+        return super().compose_node(parent, index)
+
+
+RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(?:inf|Inf|nan|NaN))$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Parse recipe YAML. Raises ConfigError with the source and the line."""
+    try:
+        return yaml.load(text, RecipeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Read a recipe's file into dotted names. Raises ConfigError when it is no mapping or cannot be read."""
+    try:
+        if path.stat().st_size > RECIPE_LIMIT:
+            raise ConfigError(
+                f"recipe {path} has {path.stat().st_size:,} bytes; a recipe has at most {RECIPE_LIMIT:,}. Is it a data file?"
+            )
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {path} cannot be read: {error}") from None
+    values = parse_yaml(text, f"recipe {path}")
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"recipe {path} is {'empty' if values is None else 'no mapping'}; it holds sections such as `train:` with settings below them."
+        )
+    return flatten(values)
+
+
+def read_settings(settings: Settings) -> dict[str, Any]:
+    """Return settings as dotted names; text is taken as JSON or YAML, as `papermill -p settings '{...}'` hands it over."""
+    if isinstance(settings, str):
+        settings = parse_yaml(settings, "settings")
+    if settings is not None and not isinstance(settings, Mapping):
+        raise ConfigError(f"settings is {settings!r}: it must be a mapping such as {{'train.max_steps': 60}}.")
+    return flatten(settings or {})
+
+
+def flatten(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn nested sections into dotted names: {"train": {"seed": 1}} -> {"train.seed": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat |= (
+            flatten(value, f"{name}.")
+            if isinstance(value, Mapping)
+            else {}
+            if value is None and name in SECTIONS
+            else {name: value}
+        )
+    return flat
+
+
+def nest(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Turn dotted names into sections: {"train.seed": 1} -> {"train": {"seed": 1}}."""
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        section, _, field = name.partition(".")
+        sections.setdefault(section, {})[field] = value
+    return sections
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return " Did you mean ...?" with the nearest known name, or nothing."""
+    known = list(known)
+    nearest = difflib.get_close_matches(name, known, 1, 0.6)
+    if not nearest:  # right setting, no or another section: max_steps -> train.max_steps
+        last = difflib.get_close_matches(name.rpartition(".")[2], [k.rpartition(".")[2] for k in known], 1, 0.75)
+        nearest = [k for k in known if last and k.rpartition(".")[2] == last[0]][:1]
+    return f" Did you mean {nearest[0]}?" if nearest else ""
+
+
+def explain(problem: Any, values: Mapping[str, Any], origins: Mapping[str, str]) -> str:
+    """Turn one of pydantic's findings into a sentence with the name, value, origin, range and help."""
+    name = ".".join(str(part) for part in problem["loc"][:2])
+    section, _, field = name.partition(".")
+    help = SECTIONS[section].model_fields[field].description if field else ""
+    value = values.get(name, problem["input"])
+    text = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"{name} is {json.dumps(value, default=str)} (from {origins.get(name, 'default')}): it should be {text}. Meaning: {help}."
+
+
+def check_together(config: Config) -> None:
+    """Check settings that depend on each other. Raises ConfigError with every problem."""
+    problems = [
+        f"adapter.layers: {group!r} is no group of layers.{suggest(group, GROUPS)} There are: {', '.join(GROUPS)}."
+        for group in config.adapter.layers
+        if group not in GROUPS
+    ]
+    if not config.adapter.layers:
+        problems.append(f"adapter.layers is empty, so nothing would learn. Name at least one of: {', '.join(GROUPS)}.")
+    if config.train.early_stopping and not config.train.eval_steps:
+        problems.append("train.early_stopping needs scores during training: set train.eval_steps too.")
+    if config.train.eval_steps and config.data.validation is None:
+        problems.append(
+            "train.eval_steps needs rows to score: set data.validation (a file, a number of rows, or a share)."
+        )
+    if config.train.eval_steps and config.train.save_steps and config.train.save_steps % config.train.eval_steps:
+        problems.append(
+            f"train.save_steps ({config.train.save_steps}) must be a multiple of train.eval_steps ({config.train.eval_steps}), "
+            "so that the best checkpoint is one that was scored."
+        )
+    if config.adapter.path and config.model.load_in == "full":
+        problems.append(
+            "adapter.path continues an adapter, and model.load_in: full has none. Set load_in to 16bit or 4bit."
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+PARAMETERS = ("recipe", "settings", "run_name")
+
+
+def check_parameters() -> None:
+    """Refuse parameters that papermill injected and no cell reads; papermill itself only warns about them.
+
+    papermill puts a cell that starts with "# Parameters" after the notebook's own; outside IPython there is nothing to check.
+    """
+    import ast
+    import sys
+
+    if "IPython" not in sys.modules:
+        return
+    shell = sys.modules["IPython"].get_ipython()
+    cells = shell.user_ns.get("In", []) if shell else []
+    for cell in cells:
+        if cell.startswith("# Parameters\n"):
+            targets = [t for node in ast.parse(cell).body if isinstance(node, ast.Assign) for t in node.targets]
+            unknown = [t.id for t in targets if isinstance(t, ast.Name) and t.id not in PARAMETERS]
+            if unknown:
+                raise ConfigError(
+                    [f"{name}: the notebook has no such parameter.{suggest(name, PARAMETERS)}" for name in unknown]
+                )

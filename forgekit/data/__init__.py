@@ -1,0 +1,1 @@
+"""Rows of any shape to checked examples, and examples to batches."""

@@ -1,0 +1,45 @@
+"""Held-out rows by content, so that the same question never stands on both sides, on any machine."""
+
+import hashlib
+
+from ..errors import DataError
+from .messages import Messages, get_text
+
+
+def hash_prompt(messages: Messages, seed: int) -> str:
+    """Return a stable hash of the turns before the first answer, case and white space folded."""
+    first = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    prompt = "\n".join(f"{message['role']}: {get_text(message)}" for message in messages[:first])
+    return hashlib.sha256(f"{seed}\n{' '.join(prompt.lower().split())}".encode()).hexdigest()
+
+
+def count_rows(wanted: int | float | None, total: int, setting: str) -> int:
+    """Turn a number of rows, or a share below 1, into a number. Raises DataError when it is out of range."""
+    if wanted is None:
+        return 0
+    number = round(wanted * total) if isinstance(wanted, float) and wanted < 1 else int(wanted)
+    if number < 0 or number >= total:
+        raise DataError(
+            f"{setting} is {wanted}: that is {number} of {total} rows, and rows to learn from must be left."
+        )
+    return number
+
+
+def hold_out(hashes: list[str], sizes: dict[str, int]) -> dict[str, list[int]]:
+    """Deal rows to held-out parts in the order of their hashes; rows with one hash stay together.
+
+    Args:
+        hashes: one a row.
+        sizes: rows wanted for each part, for instance {"test": 100, "validation": 50}.
+
+    Returns the row numbers of each part, and of what is left as "train", each ascending. Rows with the same hash make a
+    part slightly larger than asked.
+    """
+    rows: dict[str, list[int]] = {}
+    for number, value in enumerate(hashes):
+        rows.setdefault(value, []).append(number)
+    parts: dict[str, list[int]] = {name: [] for name in (*sizes, "train")}
+    for value in sorted(rows):
+        part = next((name for name, size in sizes.items() if len(parts[name]) < size), "train")
+        parts[part] += rows[value]
+    return {name: sorted(numbers) for name, numbers in parts.items()}

@@ -1,0 +1,70 @@
+"""The adapter alone: small, and enough together with its base. Also the way back: a folder that answers questions."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..config import Config
+from ..errors import ExportError
+from .card import write_card
+
+
+def export_adapter(
+    model: Any, processor: Any, config: Config, folder: Path, scores: dict[str, Any] | None = None
+) -> Path:
+    """Write adapter_config.json, adapter_model.safetensors, processor, chat template and a model card; read them back.
+
+    Raises ExportError when the file does not hold exactly the adapter in memory.
+    """
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        raise ExportError(
+            "The model has no adapter (load_in: full trains the weights themselves): export merged instead."
+        )
+    model.save_pretrained(str(folder))
+    processor.save_pretrained(str(folder))
+    write_card(folder, config, "adapter", scores)
+    compare_adapter(model, folder)
+    return folder
+
+
+def compare_adapter(model: Any, folder: Path) -> None:
+    """Raise ExportError unless the saved tensors are the ones in memory: the same names, shapes and values."""
+    import torch
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    saved, now = load_file(folder / "adapter_model.safetensors"), get_peft_model_state_dict(model)
+    if saved.keys() != now.keys():
+        raise ExportError(
+            f"{folder}: {len(saved.keys() ^ now.keys())} tensors are missing or unexpected, for instance {sorted(saved.keys() ^ now.keys())[0]}."
+        )
+    different = [name for name, tensor in now.items() if not torch.equal(tensor.cpu(), saved[name].to(tensor.dtype))]
+    if different:
+        raise ExportError(
+            f"{folder}: {len(different)} tensors differ from the trained ones, for instance {different[0]}."
+        )
+
+
+def load_export(folder: Path | str, settings: dict[str, Any] | None = None) -> tuple[Any, Any]:
+    """Load an exported adapter or merged model from its folder alone, through transformers and PEFT.
+
+    Args:
+        folder: models/lora (its base is loaded by the name in adapter_config.json) or models/merged.
+        settings: more settings for loading, for instance {"model.load_in": "4bit"}; 16bit is the default here.
+
+    Returns (model, processor), ready for `generate_answer`.
+    """
+    from ..config import load_config
+    from ..model.load import load_model
+
+    folder = Path(folder)
+    adapter = folder / "adapter_config.json"
+    if not adapter.is_file():
+        return load_model(load_config(None, {"model.load_in": "16bit", "model.id": str(folder), **(settings or {})}))
+    base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    model, processor = load_model(load_config(None, {"model.load_in": "16bit", "model.id": base, **(settings or {})}))
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(folder)), processor

@@ -1,0 +1,188 @@
+"""Weights and processor from a Hub id or a folder, through Unsloth or transformers, returned as transformers' own objects."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import Config
+from ..environment import set_environment
+from ..errors import ModelError
+from ..hardware import choose_device, choose_dtype, choose_engine, detect_hardware
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BUILT_IN = {"tiny": Path(__file__).parent / "tiny"}  # ids that stand for a packaged folder
+# Modules that stay in 16 bit under 4-bit and 8-bit loading: AltUp clamps its weights in place, which would destroy packed
+# ones; the towers are small beside the language model and lose most.
+KEEP_16BIT = ["altup", "altup_projections", "altup_unembed_projections", "lm_head", "per_layer_model_projection", "vision_tower", "audio_tower", "embed_vision", "embed_audio"]  # fmt: skip
+
+
+def start_engine(config: Config) -> str:
+    """Prepare the libraries for the configured engine and return its name; call it before importing transformers.
+
+    Unsloth rewrites transformers, TRL and PEFT while it is imported, so it has to come first. Calling this again is free.
+
+    Raises:
+        ModelError: Unsloth is wanted and cannot be imported, or one of those libraries was imported before it; or
+            transformers is wanted plain and Unsloth has already rewritten it.
+    """
+    set_environment()
+    engine = choose_engine(config)
+    if engine == "unsloth" and "unsloth" not in sys.modules:
+        early = [name for name in ("transformers", "trl", "peft") if name in sys.modules]
+        if early:
+            raise ModelError(
+                f"{', '.join(early)} was imported before unsloth, which must come first to speed it up. Restart the kernel and "
+                "call forgekit before importing it yourself, or set model.engine: huggingface."
+            )
+        try:
+            import unsloth  # noqa: F401
+        except (ImportError, NotImplementedError, RuntimeError) as error:
+            raise ModelError(
+                f"Unsloth cannot be imported here: {error}. Install it (pip install unsloth), or set model.engine: huggingface."
+            ) from error
+    if engine == "huggingface" and "unsloth" in sys.modules:
+        raise ModelError(
+            "model.engine: huggingface was asked for, but this process has imported unsloth, which has rewritten transformers. "
+            "Restart the kernel, or set model.engine: unsloth."
+        )
+    return engine
+
+
+def find_model(config: Config) -> str:
+    """Return what `from_pretrained` is to be given: a folder's path, or the Hub id.
+
+    Raises ModelError for a folder that holds no checkpoint.
+    """
+    name = config.model.id
+    folder = BUILT_IN.get(name) or Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            found = ", ".join(sorted(file.name for file in folder.iterdir())[:6]) or "nothing"
+            raise ModelError(
+                f"model.id: {name} is a folder but no checkpoint: it has no config.json (it holds {found})."
+            )
+        return str(folder.resolve())
+    if folder.is_absolute() or name.startswith((".", "~")):
+        raise ModelError(f"model.id: the folder {name} does not exist.")
+    return name
+
+
+def explain_load_error(config: Config, error: Exception) -> ModelError:
+    """Turn what the Hub client or transformers says into one sentence with a remedy."""
+    offline = os.environ.get("HF_HUB_OFFLINE") == "1" or os.environ.get("TRANSFORMERS_OFFLINE") == "1"
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if offline:
+        remedy = "This process is offline (HF_HUB_OFFLINE=1) and the model is not in the cache: unset it, or name a folder or `tiny`."
+    elif "gated" in str(error).lower() or "401" in str(error):
+        remedy = (
+            "Accept the model's terms on its Hub page and log in (hf auth login), or use the id of an ungated copy."
+        )
+    else:
+        remedy = "Check the spelling, the connection to the Hub, and model.revision."
+    return ModelError(f"model.id: {config.model.id} cannot be loaded: {first} {remedy}")
+
+
+def load_processor(config: Config) -> Any:
+    """Load tokenizer, image processor and feature extractor, without weights.
+
+    Returns a transformers processor, or a tokenizer when the checkpoint is text only. Raises ModelError.
+    """
+    start_engine(config)
+    from transformers import AutoProcessor
+
+    name = find_model(config)
+    try:
+        processor = AutoProcessor.from_pretrained(name, revision=config.model.revision)
+    except (OSError, ValueError) as error:
+        raise explain_load_error(config, error) from error
+    if get_tokenizer(processor).chat_template is None and getattr(processor, "chat_template", None) is None:
+        raise ModelError(
+            f"{config.model.id} has no chat template, so turns cannot be written. Use an instruction-tuned (-it) checkpoint."
+        )
+    return processor
+
+
+def get_tokenizer(processor: Any) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer of a processor, or the tokenizer itself."""
+    return getattr(processor, "tokenizer", processor)
+
+
+def load_model(config: Config) -> tuple["PreTrainedModel", Any]:
+    """Load weights and processor as `config.model` says.
+
+    Returns (model, processor): a transformers model on its device, frozen unless `load_in: full`, and its processor.
+
+    Raises:
+        ModelError: the id or folder cannot be loaded, or the hardware cannot do what was asked.
+    """
+    engine = start_engine(config)
+    processor = load_processor(config)  # a wrong id or a missing template shows before weights are read
+    dtype, name = choose_dtype(config), find_model(config)
+    print(
+        f"Loading {config.model.id}: {engine}, {config.model.load_in}, {str(dtype).removeprefix('torch.')}, {detect_hardware()}"
+    )
+    try:
+        model = load_unsloth(config, name, dtype) if engine == "unsloth" else load_transformers(config, name, dtype)
+    except (OSError, ValueError) as error:
+        raise explain_load_error(config, error) from error
+    except NotImplementedError as error:
+        raise ModelError(f"Unsloth does not support this here: {error} Set model.engine: huggingface.") from error
+    model.name_or_path = (
+        config.model.id
+    )  # what an adapter's config names as its base: the id, not a path of this machine
+    return model, processor
+
+
+def load_unsloth(config: Config, name: str, dtype: Any) -> "PreTrainedModel":
+    """Load through unsloth.FastModel, with its own gradient checkpointing."""
+    from unsloth import FastModel
+
+    checkpointing = {"auto": "unsloth", "on": "unsloth", "off": False}[config.train.gradient_checkpointing]
+    model, _ = FastModel.from_pretrained(
+        name,
+        max_seq_length=config.model.max_length,
+        dtype=dtype,
+        load_in_4bit=config.model.load_in == "4bit",
+        load_in_8bit=config.model.load_in == "8bit",
+        load_in_16bit=config.model.load_in == "16bit",
+        full_finetuning=config.model.load_in == "full",
+        use_gradient_checkpointing=checkpointing,
+        random_state=config.train.seed,
+        revision=config.model.revision,
+    )
+    return model
+
+
+def load_transformers(config: Config, name: str, dtype: Any) -> "PreTrainedModel":
+    """Load the checkpoint's own class through transformers; 4-bit is NF4, double quantised, through bitsandbytes."""
+    import transformers
+
+    settings = transformers.AutoConfig.from_pretrained(name, revision=config.model.revision)
+    architecture = (settings.architectures or ["AutoModelForCausalLM"])[0]
+    kind = getattr(transformers, architecture, None)
+    if kind is None:
+        raise ModelError(
+            f"transformers {transformers.__version__} has no {architecture}, which {config.model.id} asks for. Update transformers."
+        )
+    quantisation = {
+        "4bit": {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": dtype,
+        },
+        "8bit": {"load_in_8bit": True},
+    }.get(config.model.load_in)
+    if quantisation:
+        quantisation = transformers.BitsAndBytesConfig(**quantisation, llm_int8_skip_modules=KEEP_16BIT)
+    device = choose_device(config)
+    return kind.from_pretrained(
+        name,
+        revision=config.model.revision,
+        dtype=dtype,
+        quantization_config=quantisation,
+        device_map={"": 0} if device == "cuda" else None,
+    )

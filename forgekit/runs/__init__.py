@@ -1,0 +1,1 @@
+"""Notebooks without a browser, and what they tell when they end."""

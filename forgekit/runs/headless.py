@@ -1,0 +1,128 @@
+"""A notebook from start to end without a browser: papermill executes it, the run's folder keeps what it printed."""
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from ..config import PARAMETERS, Config, load_config
+from ..environment import set_environment
+from ..errors import ConfigError, RunError
+from ..run_folder import DONE, Run, check_name, check_unused, find_run_root, now, read_json, write_text
+
+
+def run_notebook(notebook: Path, recipe: str | None, settings: Mapping[str, Any], name: str | None = None) -> Run:
+    """Execute a notebook in its own kernel and keep it, as notebook and as HTML, in the run's folder.
+
+    Args:
+        notebook: one with a cell tagged `parameters`.
+        recipe: the recipe to use instead of the notebook's own.
+        settings: dotted names on top of the recipe.
+        name: the run's name; None takes the time.
+
+    Returns the run, state "completed" or "failed". What the cells print appears as it comes.
+
+    Raises:
+        ConfigError, RunError: before the kernel starts, when a setting, the notebook or the name is wrong.
+    """
+    set_environment()
+    parameters = find_parameters(notebook)
+    recipe = recipe or parameters.get("recipe")
+    config = load_config(recipe, settings, origin="--set")
+    name = check_name(name or datetime.now().strftime("%Y%m%d-%H%M%S"))
+    path = find_run_root(config.recipe) / name
+    check_unused(path)
+    given = {"recipe": str(config.recipe or ""), "settings": dict(settings), "run_name": name}
+    run = Run(path, {"name": name, "state": "running", "pid": os.getpid(), "started_at": now()})
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        run.update(notebook=notebook.name)
+    except OSError as error:
+        raise RunError(f"the run's folder {path} cannot be written: {error.strerror}. Set FORGEKIT_RUNS to a folder that can.") from None
+    print(f"Run {name}: {notebook.name}, recipe {config.recipe or 'none'}\n        {path}", flush=True)
+    with environment(FORGEKIT_RUN=name, FORGEKIT_RUNS=str(path.parent)):
+        state, failure = execute(notebook, path / "notebook.ipynb", given, config)
+    # the kernel has added settings, scores and exports to run.json in the meantime
+    run.record = read_json(path / "run.json")
+    run.finish(state, failure)
+    if (path / "notebook.ipynb").exists():
+        write_html(path / "notebook.ipynb", path / "notebook.html")
+    return run
+
+
+def find_parameters(notebook: Path) -> dict[str, Any]:
+    """Return the notebook's own parameters. Raises ConfigError when it is missing, no notebook, or has none."""
+    import ast
+
+    import nbformat
+
+    if not notebook.is_file():
+        raise ConfigError(f"notebook {notebook} does not exist. `forgekit init DIR` copies the shipped ones.")
+    try:
+        cells = nbformat.read(notebook, as_version=4).cells
+    except (nbformat.reader.NotJSONError, nbformat.ValidationError, AttributeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{notebook} is no notebook: {str(error).splitlines()[0][:120]}") from None
+    cell = next((cell for cell in cells if "parameters" in cell.metadata.get("tags", [])), None)
+    if cell is None:
+        raise ConfigError(f"{notebook} has no cell with the tag `parameters`, so a recipe could not reach it.")
+    found = {}
+    for node in ast.parse(cell.source).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else node.target if isinstance(node, ast.AnnAssign) else None
+        if isinstance(target, ast.Name) and node.value is not None:
+            found[target.id] = ast.literal_eval(node.value)
+    missing = [name for name in PARAMETERS if name not in found]
+    if missing:
+        raise ConfigError(f"{notebook}: the parameters cell lacks {', '.join(missing)}.")
+    return found
+
+
+@contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """Set environment variables, which a kernel inherits, and put them back."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def execute(notebook: Path, output: Path, parameters: dict[str, Any], config: Config) -> tuple[str, str | None]:
+    """Execute with papermill; return the state and, when it failed, the cell and the error in one line."""
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+
+    try:
+        papermill.execute_notebook(
+            str(notebook),
+            str(output),
+            parameters=parameters,
+            kernel_name="python3",
+            progress_bar=False,
+            log_output=False,
+            stdout_file=sys.stdout,
+            stderr_file=sys.stderr,
+            cwd=str(notebook.parent.absolute()),
+        )
+    except papermill.PapermillExecutionError as error:
+        return "failed", f"cell {error.exec_count}: {error.ename}: {error.evalue}"
+    except DeadKernelError as error:
+        return "failed", f"the kernel died: {error} (out of memory is the usual cause; see logs/training.log)"
+    except KeyboardInterrupt:
+        return "stopped", "interrupted from the keyboard"
+    return DONE, None
+
+
+def write_html(notebook: Path, html: Path) -> None:
+    """Write the executed notebook as one HTML file that needs no network to be read."""
+    from nbconvert import HTMLExporter
+
+    body, _ = HTMLExporter(embed_images=True).from_filename(str(notebook))
+    write_text(html, body)

@@ -1,0 +1,45 @@
+"""What a finished run prints: scores, five answers, where things are, how to open them."""
+
+from pathlib import Path
+from typing import Any
+
+from ..run_folder import Run, read_json
+
+
+def print_summary(run: Run, answers: int = 5) -> None:
+    """Print the end of a run from its files."""
+    state, error = run.record["state"], run.record.get("error")
+    print(f"\nRun {run.record['name']}: {state}" + (f": {error}" if error else ""))
+    baseline, scores = run.path / "metrics" / "baseline.json", run.path / "metrics" / "scores.json"
+    if baseline.exists() and scores.exists():
+        print_scores(read_json(baseline), read_json(scores), answers)
+    print("\nWhere things are")
+    for title, place in find_places(run).items():
+        print(f"  {title:<11}{place}")
+    if "notebook" in find_places(run):
+        print(f"\nOpen it in JupyterLab:  forgekit lab {quote(run.path / 'notebook.ipynb')}")
+
+
+def print_scores(before: dict[str, Any], after: dict[str, Any], answers: int) -> None:
+    """Print both scores and the first answers of each."""
+    print(f"\nScore on {len(after['rows'])} held-out rows     before     after")
+    print(f"  exact match               {before['exact_match']:>7.1%}   {after['exact_match']:>7.1%}")
+    print(f"  loss, nats a token        {before['loss']:>7.3f}   {after['loss']:>7.3f}")
+    for old, new in list(zip(before["rows"], after["rows"], strict=True))[:answers]:
+        print(f"\n  question  {' '.join(new['question'].split())}")
+        print(f"  before    {' '.join(old['prediction'].split())[:160]}")
+        print(f"  after     {new['prediction']}   {'(right)' if new['right'] else '(right would be: ' + new['reference'] + ')'}")
+
+
+def find_places(run: Run) -> dict[str, Path]:
+    """Return what stands in the run's folder, by title."""
+    places = {"run": run.path, "notebook": run.path / "notebook.ipynb", "as HTML": run.path / "notebook.html", "log": run.path / "logs" / "training.log"}
+    places |= {name: run.path / place for name, place in run.record.get("exports", {}).items()}
+    return {title: place for title, place in places.items() if place.exists()}
+
+
+def quote(path: Path) -> str:
+    """Quote a path for the shell when it needs it."""
+    import shlex
+
+    return shlex.quote(str(path))

@@ -1,0 +1,144 @@
+"""Every setting, one line each: type, default, range, help. The six sections are the six words of forgekit.
+
+Names and values follow transformers, PEFT and TRL, so that numbers carry over. The same lines feed the check of a recipe,
+the table in a notebook and the command's help.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+Switch = Annotated[  # YAML 1.1 and Python say true and false where a recipe says on and off
+    Literal["auto", "on", "off"], BeforeValidator(lambda value: {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value)
+]  # fmt: skip
+Names = Annotated[tuple[str, ...], Field(strict=False)]  # a list in YAML, unchangeable here
+Part = int | float | str | None
+
+
+def setting(default: Any, help: str, **limits: Any) -> Any:
+    """Return a pydantic field with its help text."""
+    return Field(default, description=help, **limits)
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses names it does not know and values of another type."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class Data(Section):
+    """Which rows are learned from, and which are held out."""
+
+    path: str | None = setting(
+        None, "a file (jsonl, json, csv, parquet), a Hub id, or a built-in task such as sample:orders"
+    )
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"] = setting(
+        "auto", "the shape of a row; ignored when the notebook's to_example is given"
+    )
+    train: Part = setting(
+        None, "rows to learn from: a file or Hub split, or at most this many rows; empty: all that are not held out"
+    )
+    validation: Part = setting(
+        None, "rows scored during training: a file or Hub split, a number of rows, or a share below 1 of the data"
+    )
+    test: Part = setting(
+        None, "rows scored before and after: a file or Hub split, a number of rows, or a share below 1 of the data"
+    )
+    max_bad: float = setting(0.01, "share of bad rows above which a run stops before weights are read", ge=0, le=1)
+
+
+class Model(Section):
+    """Which weights, in which precision, on which engine."""
+
+    id: str = setting(
+        "unsloth/gemma-3n-E2B-it", "a Hub id, a checkpoint's folder, or tiny (the built-in practice model)"
+    )
+    revision: str | None = setting(None, "a commit or tag of the Hub repository, to pin the weights")
+    engine: Literal["auto", "unsloth", "huggingface"] = setting(
+        "auto", "auto: unsloth on a GPU, huggingface (transformers + PEFT) without one"
+    )
+    device: Literal["auto", "cuda", "cpu"] = setting("auto", "auto: the first GPU, else the CPU")
+    load_in: Literal["4bit", "8bit", "16bit", "full"] = setting(
+        "4bit",
+        "4bit (NF4, double quantised) and 8bit save memory; 16bit is exact; full trains every language weight without an adapter",
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
+        "auto", "auto: bfloat16 on Ampere GPUs and newer, float16 on older ones through Unsloth, float32 on a CPU"
+    )
+    max_length: int = setting(
+        2048,
+        "longest row in tokens (media included); a fixed, positive number: longer rows are refused, never cut",
+        gt=0,
+        le=131072,
+    )
+
+
+class Adapter(Section):
+    """What learns: the low-rank matrices beside the chosen layers."""
+
+    layers: Names = setting(("attention", "mlp"), "groups that learn: attention, mlp (language model), vision, audio")
+    r: int = setting(16, "rank of the added matrices: 8, 16, 32, 64; more learns more and costs memory", ge=1, le=1024)
+    lora_alpha: float = setting(16, "scale of the adapter: its output is multiplied by lora_alpha / r", gt=0)
+    lora_dropout: float = setting(0.0, "share of the adapter's inputs dropped while training", ge=0, lt=1)
+    use_rslora: bool = setting(False, "scale by lora_alpha / sqrt(r), steadier at high rank")
+    use_dora: bool = setting(False, "learn a magnitude beside the direction: slower, sometimes better at low rank")
+    path: str | None = setting(
+        None, "folder of an adapter to go on from; r, lora_alpha and layers must be the ones it was made with"
+    )
+
+
+class Train(Section):
+    """How the adapter learns."""
+
+    method: Literal["sft"] = setting("sft", "supervised fine-tuning on the assistant's turns")
+    seed: int = setting(3407, "seed of the adapter, the order of rows and dropout", ge=0, lt=2**32)
+    per_device_train_batch_size: int = setting(2, "rows in one forward pass", ge=1)
+    gradient_accumulation_steps: int = setting(4, "forward passes added up before one optimiser step", ge=1)
+    learning_rate: float = setting(2e-4, "peak step size; lower it when the loss does not fall", gt=0, le=1)
+    warmup_steps: float = setting(5, "steps until the peak; below 1 it is a share of all steps", ge=0)
+    max_steps: int | None = setting(None, "stop after so many optimiser steps, whatever num_train_epochs says", ge=1)
+    num_train_epochs: float = setting(1, "passes over the training rows", gt=0)
+    optim: str = setting(
+        "auto", "auto: adamw_8bit where bitsandbytes has a GPU, else adamw_torch; or any name transformers knows"
+    )
+    weight_decay: float = setting(0.01, "pull of weights towards zero", ge=0, lt=1)
+    lr_scheduler_type: str = setting(
+        "linear", "course of the learning rate after warm-up: linear, cosine, constant, ..."
+    )
+    max_grad_norm: float = setting(1.0, "longest gradient; longer ones are scaled down", gt=0)
+    logging_steps: int = setting(1, "steps between two lines of the log", ge=1)
+    eval_steps: int | None = setting(
+        None, "steps between two scores on the validation rows; empty: none during training", ge=1
+    )
+    save_steps: int | None = setting(
+        None, "steps between two checkpoints; empty: with each score when eval_steps is set", ge=1
+    )
+    early_stopping: int | None = setting(
+        None, "stop when so many scores in a row did not improve (needs eval_steps)", ge=1
+    )
+    gradient_checkpointing: Switch = setting(
+        "auto", "compute activations again instead of keeping them: saves memory, costs time; auto: on with a GPU"
+    )
+    report_to: Names = setting(
+        (), "trackers that transformers knows, for instance tensorboard; metrics.jsonl is always written"
+    )
+    status_file: str | None = setting(None, "a second place for status.json, for other programs that poll")
+
+
+class Evaluate(Section):
+    """How the model is scored, before and after."""
+
+    metric: Literal["exact_match"] = setting("exact_match", "share of held-out rows answered exactly")
+    rows: int | None = setting(100, "held-out rows that are answered; empty: all", ge=1)
+    max_new_tokens: int = setting(256, "longest answer in tokens", ge=1)
+    per_device_eval_batch_size: int = setting(8, "rows answered or scored together", ge=1)
+
+
+class Export(Section):
+    """What is written at the end."""
+
+    formats: Annotated[tuple[Literal["adapter", "merged"], ...], Field(strict=False)] = setting(
+        ("adapter",), "adapter: the added matrices alone; merged: a whole model in 16 bit"
+    )

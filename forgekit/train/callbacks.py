@@ -1,0 +1,216 @@
+"""What a run says while it trains: a line a step in the log, status.json for other programs, a curve in a notebook."""
+
+import json
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from ..run_folder import Run, now, write_json
+
+FIGURE_SECONDS = 0.25  # at most four drawings a second
+STATUS_SECONDS = 1.0
+
+
+class Clock:
+    """Seconds since training began, and how long the rest takes at the pace since this start; immune to clock changes."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.first_step = 0
+
+    def seconds(self) -> float:
+        """Return the seconds since the start."""
+        return time.monotonic() - self.started
+
+    def eta(self, step: int, total: int) -> float | None:
+        """Return the seconds left, or None before the first step."""
+        done = step - self.first_step
+        return self.seconds() / done * (total - step) if done > 0 else None
+
+
+class RunLog(TrainerCallback):
+    """Writes logs/training.log (one plain line a logging step, printed too), logs/metrics.jsonl and training-stats.json."""
+
+    def __init__(self, run: Run):
+        self.run, self.clock = run, Clock()
+        self.folder = run.path / "logs"
+        self.losses: list[tuple[int, float]] = []
+        self.scores: list[tuple[int, float]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock and open the files."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.clock = Clock()
+        self.clock.first_step = state.global_step
+        self.write(f"{now()} training starts at step {state.global_step} of {state.max_steps}")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Write one line for a step, or for a score on held-out rows."""
+        logs = dict(logs or {})
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, "time": now(), **logs}, default=str) + "\n")
+        if "eval_loss" in logs:
+            self.scores.append((state.global_step, logs["eval_loss"]))
+            self.write(f"step {state.global_step:>5}/{state.max_steps}  held-out loss {logs['eval_loss']:.4f}")
+        elif "loss" in logs:
+            loss = float(logs["loss"])
+            self.losses.append((state.global_step, loss))
+            eta = self.clock.eta(state.global_step, state.max_steps)
+            self.write(
+                f"step {state.global_step:>5}/{state.max_steps}  loss {loss:.4f}  lr {logs.get('learning_rate', math.nan):.2e}  "
+                f"gradient {float(logs.get('grad_norm', math.nan)):.3f}  {self.clock.seconds():.0f} s, {eta or 0:.0f} s left"
+            )
+            if not math.isfinite(loss):
+                self.write(
+                    "The loss is not finite. Lower train.learning_rate; in float16 set model.dtype: bfloat16 or float32."
+                )
+                control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write metrics/training-stats.json."""
+        seconds = self.clock.seconds()
+        stats = {
+            "steps": state.global_step,
+            "epochs": state.epoch,
+            "seconds": round(seconds, 2),
+            "seconds_a_step": round(seconds / max(1, state.global_step - self.clock.first_step), 4),
+            "first_loss": self.losses[0][1] if self.losses else None,
+            "last_loss": self.losses[-1][1] if self.losses else None,
+            "best_held_out_loss": min((score for _, score in self.scores), default=None),
+            "best_checkpoint": state.best_model_checkpoint and Path(state.best_model_checkpoint).name,
+            "peak_gpu_memory_bytes": peak_gpu_memory(),
+            "losses": self.losses,
+            "held_out_losses": self.scores,
+        }
+        write_json(self.run.path / "metrics" / "training-stats.json", stats)
+        self.run.update(training={name: value for name, value in stats.items() if not name.endswith("losses")})
+        self.write(f"{now()} training ends after step {state.global_step}, {seconds:.1f} s")
+
+    def write(self, line: str) -> None:
+        """Print a line and put it into logs/training.log."""
+        print(line, flush=True)
+        with open(self.folder / "training.log", "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def peak_gpu_memory() -> int | None:
+    """Return the most bytes that tensors took on the GPU in this process, or None without one."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
+class StatusFile(TrainerCallback):
+    """Keeps status.json current, at most once a second, for programs that poll; `extra` is a second place for it."""
+
+    def __init__(self, run: Run, extra: str | None = None):
+        self.paths = [run.path / "status.json", *([Path(extra)] if extra else [])]
+        self.status: dict[str, Any] = {}
+        self.clock, self.written = Clock(), -math.inf
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say that training runs."""
+        self.clock = Clock()
+        self.clock.first_step = state.global_step
+        self.status = {"started_at": now(), "checkpoint_at": None, "error": None, "loss": None, "learning_rate": None}
+        self.write(state, running=True)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Note the newest loss and learning rate."""
+        self.status |= {
+            name: value for name, value in (logs or {}).items() if name in ("loss", "learning_rate", "eval_loss")
+        }
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write, unless a second has not passed."""
+        if time.monotonic() - self.written >= STATUS_SECONDS:
+            self.write(state, running=True)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the step of the newest checkpoint."""
+        self.status["checkpoint_at"] = state.global_step
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say that training is over."""
+        self.write(state, running=False)
+
+    def write(self, state: Any, running: bool) -> None:
+        """Write the file in every place."""
+        self.written = time.monotonic()
+        value = {
+            "running": running,
+            "step": state.global_step,
+            "total_steps": state.max_steps,
+            "epoch": state.epoch,
+            "total_epochs": state.num_train_epochs,
+            "eta_seconds": self.clock.eta(state.global_step, state.max_steps),
+            **self.status,
+        }
+        for path in self.paths:
+            write_json(path, value)
+
+
+class LiveCurve(TrainerCallback):
+    """Draws the loss while the training cell runs: one matplotlib figure, updated in place, closed at the end."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.losses: list[float] = []
+        self.scores: list[tuple[int, float]] = []
+        self.drawn = -math.inf
+        self.figure: Any = None
+        self.handle: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Make the figure."""
+        from IPython.display import display
+        from matplotlib.figure import Figure
+
+        self.figure = Figure(figsize=(7, 3), layout="constrained")
+        self.draw(state.max_steps)
+        self.handle = display(self.figure, display_id=True)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Add a point."""
+        logs = logs or {}
+        if "eval_loss" in logs:
+            self.scores.append((state.global_step, logs["eval_loss"]))
+        elif "loss" in logs:
+            self.steps.append(state.global_step)
+            self.losses.append(float(logs["loss"]))
+        if time.monotonic() - self.drawn > FIGURE_SECONDS:
+            self.show(state.max_steps)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Draw once more and say in words what the figure shows, for those who do not see it."""
+        self.show(state.max_steps)
+        if self.losses:
+            print(
+                f"Loss curve: from {self.losses[0]:.3f} at step {self.steps[0]} to {self.losses[-1]:.3f} at step {self.steps[-1]}, lowest {min(self.losses):.3f}."
+            )
+
+    def show(self, total: int) -> None:
+        """Update the figure in the notebook."""
+        self.drawn = time.monotonic()
+        self.draw(total)
+        if self.handle:
+            self.handle.update(self.figure)
+
+    def draw(self, total: int) -> None:
+        """Draw the points so far."""
+        self.figure.clear()
+        axes = self.figure.subplots()
+        axes.plot(self.steps, self.losses, color="#1f5fa8", linewidth=1.5, label="training rows")
+        if self.scores:
+            axes.plot(*zip(*self.scores, strict=True), "o--", color="#b35300", label="held-out rows")
+            axes.legend(frameon=False)
+        axes.set(xlabel="optimiser step", ylabel="loss, nats a token", xlim=(0, max(1, total)))
+        axes.set_ylim(bottom=0)
+        axes.spines[["top", "right"]].set_visible(False)
+
+
+logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it reports its font cache on stderr otherwise

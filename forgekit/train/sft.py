@@ -1,0 +1,151 @@
+"""Supervised fine-tuning with TRL's SFTTrainer, set up from a Config."""
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from ..config import Config
+from ..data.collate import Collator
+from ..errors import ConfigError
+from ..hardware import choose_device
+from ..model.load import start_engine
+from ..run_folder import Run
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+    from trl import SFTConfig, SFTTrainer
+
+
+def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config, run: Run) -> "SFTTrainer":
+    """Return TRL's SFTTrainer, ready for `.train()`: our collator, held-out loss, checkpoints, log, status and curve.
+
+    Args:
+        model: from `add_adapter`.
+        data: from `load_data`; "validation" is scored every `train.eval_steps`.
+        run: from `start_run`; everything is written below its folder.
+
+    Raises ConfigError when a setting names something that transformers does not know.
+    """
+    engine = start_engine(config)
+    from transformers import EarlyStoppingCallback
+
+    from .callbacks import LiveCurve, RunLog, StatusFile  # they subclass transformers' own, so the engine comes first
+
+    callbacks: list[Any] = [RunLog(run), StatusFile(run, config.train.status_file)]
+    if in_notebook():
+        callbacks.append(LiveCurve())
+    if config.train.early_stopping:
+        callbacks.append(EarlyStoppingCallback(config.train.early_stopping))
+    trainer = choose_trainer(config, engine)(
+        model=model,
+        args=make_arguments(config, engine, run),
+        train_dataset=data["train"],
+        eval_dataset=data["validation"] if config.train.eval_steps else None,
+        data_collator=Collator(processor),
+        processing_class=processor,
+        callbacks=callbacks,
+    )
+    remove_default_output(trainer)
+    return trainer
+
+
+def choose_trainer(config: Config, engine: str) -> "type[SFTTrainer]":
+    """Return TRL's trainer; without a GPU and without Unsloth, one whose loss is transformers' own.
+
+    TRL 1.15 computes the loss in a Triton kernel also on a CPU, where Triton finds no driver ("0 active drivers").
+    """
+    from transformers import Trainer
+    from trl import SFTTrainer
+
+    if engine == "unsloth" or choose_device(config) == "cuda":
+        return SFTTrainer
+
+    class CpuSFTTrainer(SFTTrainer):
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            inputs["use_cache"] = False  # as TRL sets it: a cache is of no use without generation
+            return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+    return CpuSFTTrainer
+
+
+def make_arguments(config: Config, engine: str, run: Run) -> "SFTConfig":
+    """Translate `config.train` to TRL's SFTConfig."""
+    from trl import SFTConfig
+
+    train, cuda = config.train, choose_device(config) == "cuda"
+    checkpointing = cuda if train.gradient_checkpointing == "auto" else train.gradient_checkpointing == "on"
+    save_steps = train.save_steps or train.eval_steps
+    try:
+        return SFTConfig(
+            output_dir=str(run.path / "checkpoints"),
+            per_device_train_batch_size=train.per_device_train_batch_size,
+            per_device_eval_batch_size=config.evaluate.per_device_eval_batch_size,
+            gradient_accumulation_steps=train.gradient_accumulation_steps,
+            learning_rate=train.learning_rate,
+            warmup_steps=train.warmup_steps,
+            max_steps=train.max_steps or -1,
+            num_train_epochs=train.num_train_epochs,
+            optim=choose_optimizer(config),
+            weight_decay=train.weight_decay,
+            lr_scheduler_type=train.lr_scheduler_type,
+            max_grad_norm=train.max_grad_norm,
+            seed=train.seed,
+            data_seed=train.seed,
+            logging_steps=train.logging_steps,
+            logging_nan_inf_filter=False,  # its default logs a NaN loss as 0.0
+            eval_strategy="steps" if train.eval_steps else "no",
+            eval_steps=train.eval_steps,
+            save_strategy="steps" if save_steps else "no",
+            save_steps=save_steps or 500,
+            save_total_limit=2,
+            load_best_model_at_end=bool(train.eval_steps),
+            metric_for_best_model="eval_loss" if train.eval_steps else None,
+            greater_is_better=False if train.eval_steps else None,
+            # Unsloth sets its own kind up while it adapts the model; elsewhere only the non-reentrant kind carries the
+            # gradients of Gemma 3n's shared keys and values, which travel through a dict
+            gradient_checkpointing=checkpointing and engine != "unsloth",
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            bf16=cuda and model_is_half(config, "bfloat16"),
+            fp16=cuda and model_is_half(config, "float16"),
+            use_cpu=not cuda,
+            dataloader_pin_memory=cuda,
+            max_length=config.model.max_length if engine == "unsloth" else None,  # rows were measured by load_data
+            dataset_kwargs={"skip_prepare_dataset": True},
+            remove_unused_columns=False,
+            report_to=list(train.report_to) or "none",
+            disable_tqdm=True,
+        )
+    except ValueError as error:
+        raise ConfigError(f"train: transformers refuses a setting: {' '.join(str(error).split())}") from error
+
+
+def model_is_half(config: Config, dtype: str) -> bool:
+    """Say whether the run computes in this half precision."""
+    from ..hardware import choose_dtype
+
+    return str(choose_dtype(config)) == f"torch.{dtype}"
+
+
+def choose_optimizer(config: Config) -> str:
+    """Resolve `train.optim: auto`: 8-bit AdamW where bitsandbytes has a GPU, else torch's AdamW."""
+    if config.train.optim != "auto":
+        return config.train.optim
+    return "adamw_8bit" if choose_device(config) == "cuda" else "adamw_torch"
+
+
+def in_notebook() -> bool:
+    """Say whether a notebook's kernel runs this, so that a figure can be shown."""
+    if "IPython" not in sys.modules:
+        return False
+    shell = sys.modules["IPython"].get_ipython()
+    return shell is not None and shell.__class__.__name__ != "TerminalInteractiveShell"
+
+
+def remove_default_output(trainer: Any) -> None:
+    """Take away transformers' own printing, which repeats what RunLog writes in one plain line."""
+    from transformers import PrinterCallback, ProgressCallback
+    from transformers.utils.notebook import NotebookProgressCallback
+
+    for callback in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
+        trainer.remove_callback(callback)
