@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..config import Config
+from ..config import Config, load_config
 from ..errors import ExportError
+from ..model.load import load_model
 from .card import write_card
 
 
@@ -47,24 +48,24 @@ def compare_adapter(model: Any, folder: Path) -> None:
         )
 
 
-def load_export(folder: Path | str, settings: dict[str, Any] | None = None) -> tuple[Any, Any]:
+def load_export(folder: Path | str, config: Config | None = None) -> tuple[Any, Any]:
     """Load an exported adapter or merged model from its folder alone, through transformers and PEFT.
 
     Args:
         folder: models/lora (its base is loaded by the name in adapter_config.json) or models/merged.
-        settings: more settings for loading, for instance {"model.load_in": "4bit"}; 16bit is the default here.
+        config: says engine, precision and device, as in training; None: the defaults, in 16 bit.
 
     Returns (model, processor), ready for `generate_answer`.
     """
-    from ..config import load_config
-    from ..model.load import load_model
-
     folder = Path(folder)
     adapter = folder / "adapter_config.json"
-    if not adapter.is_file():
-        return load_model(load_config(None, {"model.load_in": "16bit", "model.id": str(folder), **(settings or {})}))
-    base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    model, processor = load_model(load_config(None, {"model.load_in": "16bit", "model.id": base, **(settings or {})}))
-    from peft import PeftModel
+    name = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else str(folder)
+    settings: dict[str, Any] = {"model.id": name}
+    if config is None or config.model.load_in == "full":
+        settings["model.load_in"] = "16bit"
+    model, processor = load_model((config or load_config()).change(settings, "export"))
+    if adapter.is_file():
+        from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, str(folder)), processor
+        model = PeftModel.from_pretrained(model, str(folder))
+    return model, processor
