@@ -1,5 +1,6 @@
 """Weights and processor from a Hub id or a folder, through Unsloth or transformers, returned as transformers' own objects."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ def start_engine(config: Config) -> str:
             transformers is wanted plain and Unsloth has already rewritten it.
     """
     set_environment()
+    quiet_libraries()
     engine = choose_engine(config)
     if engine == "unsloth" and "unsloth" not in sys.modules:
         early = [name for name in ("transformers", "trl", "peft") if name in sys.modules]
@@ -49,6 +51,12 @@ def start_engine(config: Config) -> str:
             "Restart the kernel, or set model.engine: unsloth."
         )
     return engine
+
+
+def quiet_libraries() -> None:
+    """Silence warnings that libraries give about each other while they are imported and that no user can act on."""
+    for name in ("torch.utils._pytree", "bitsandbytes.backends.cpu.ops", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def find_model(config: Config) -> str:

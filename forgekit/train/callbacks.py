@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from transformers import TrainerCallback
@@ -40,6 +41,8 @@ class RunLog(TrainerCallback):
         self.folder = run.path / "logs"
         self.losses: list[tuple[int, float]] = []
         self.scores: list[tuple[int, float]] = []
+        self.step_started = 0.0
+        self.step_seconds: list[float] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock and open the files."""
@@ -47,6 +50,14 @@ class RunLog(TrainerCallback):
         self.clock = Clock()
         self.clock.first_step = state.global_step
         self.write(f"{now()} training starts at step {state.global_step} of {state.max_steps}")
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the time."""
+        self.step_started = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note how long the step took, all its accumulated batches together."""
+        self.step_seconds.append(time.monotonic() - self.step_started)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Write one line for a step, or for a score on held-out rows."""
@@ -77,7 +88,8 @@ class RunLog(TrainerCallback):
             "steps": state.global_step,
             "epochs": state.epoch,
             "seconds": round(seconds, 2),
-            "seconds_a_step": round(seconds / max(1, state.global_step - self.clock.first_step), 4),
+            "first_step_seconds": round(self.step_seconds[0], 3) if self.step_seconds else None,
+            "median_step_seconds": round(median(self.step_seconds[1:]), 4) if self.step_seconds[1:] else None,
             "first_loss": self.losses[0][1] if self.losses else None,
             "last_loss": self.losses[-1][1] if self.losses else None,
             "best_held_out_loss": min((score for _, score in self.scores), default=None),
