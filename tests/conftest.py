@@ -4,9 +4,11 @@ Default: everything on a CPU, in minutes. `--slow` adds the slow tests, `-m slow
 browser are skipped, with the reason, where there is none.
 """
 
+import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,3 +61,55 @@ def project_folder() -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 # Fixtures of the other tests
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Gemma 3n checkpoint with all three towers: four narrow text layers, the last two with shared keys and values."""
+    from forgekit.data.samples.orders import load_orders
+    from forgekit.model.tiny import build_config, build_model, build_processor, build_tokenizer
+
+    folder = tmp_path_factory.mktemp("checkpoint") / "random-gemma3n"
+    tokenizer = build_tokenizer(row["message"] for row in load_orders(300))
+    config = build_config(tokenizer, hidden_size=32, layers=4, shared_layers=2)
+    # each kind of attention once with its own keys and values and once with shared ones; sparse below, dense above
+    config.text_config.layer_types = ["sliding_attention", "full_attention"] * 2
+    config.text_config.activation_sparsity_pattern = [0.95, 0.95, 0.0, 0.0]
+    build_model(config).save_pretrained(folder)
+    build_processor(tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def orders_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty rows of prompt and completion: an order sentence and its JSON."""
+    from forgekit.data.samples.orders import load_orders
+
+    path = tmp_path_factory.mktemp("data") / "orders.jsonl"
+    rows = [{"prompt": row["message"], "completion": json.dumps(row["order"])} for row in load_orders(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def make_config(tiny_folder: Path, orders_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Returns a function: settings -> Config of a short run of the random checkpoint, its folder below tmp_path."""
+    from forgekit import load_config
+
+    monkeypatch.setenv("FORGEKIT_RUNS", str(tmp_path / "runs"))
+    monkeypatch.delenv("FORGEKIT_RUN", raising=False)
+    short = {
+        "data.path": str(orders_file),
+        "model.id": str(tiny_folder),
+        "model.engine": "huggingface",
+        "model.device": "cpu",
+        "model.load_in": "16bit",
+        "model.max_length": 256,
+        "adapter.r": 8,
+        "train.max_steps": 5,
+        "train.learning_rate": 2e-3,
+        "train.warmup_steps": 2,
+        "evaluate.rows": 8,
+        "evaluate.max_new_tokens": 8,
+    }
+    return lambda settings=None: load_config(None, {**short, **(settings or {})})
