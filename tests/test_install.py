@@ -74,15 +74,16 @@ def direct_dependencies(pyproject: dict) -> list[Requirement]:
 
 
 def text_files(folder: Path) -> list[Path]:
-    """The files that git tracks, or where there is no git those outside hidden and made folders."""
+    """The files that git tracks, or where there is no git those that no tool has made."""
     if (folder / ".git").exists() and shutil.which("git"):
         listed = subprocess.run(
             ["git", "ls-files", "-z"], cwd=folder, capture_output=True, text=True, check=True
         ).stdout
         paths = [folder / name for name in listed.split("\0") if name]
     else:
-        made = {".venv", ".uv", ".cache", ".site", "runs", "dist", "build", "uv.lock"}
-        paths = [path for path in folder.rglob("*") if not made & set(path.relative_to(folder).parts)]
+        names = [path.name for path in folder.iterdir() if path.name not in {"runs", "dist", "build", "uv.lock"}]
+        ours = [name for name in names if not name.startswith(".") or name in {".ci", ".gitignore"}]
+        paths = [path for name in ours for path in [folder / name, *(folder / name).rglob("*")]]
     return [path for path in paths if path.is_file() and b"\0" not in path.read_bytes()[:8192]]
 
 
