@@ -118,9 +118,12 @@ def load_config(recipe: str | Path | None = None, settings: Settings = None, ori
     return Config._build([*layers, (origin, read_settings(settings))], path)
 
 
-def find_recipe(recipe: str | Path) -> Path:
-    """Return the recipe's absolute path. Raises ConfigError naming the places that were searched."""
-    here = Path.cwd()
+def find_recipe(recipe: str | Path, folder: Path | None = None) -> Path:
+    """Return the recipe's absolute path: as given, from `folder` (default: the current one) or up to two folders above it.
+
+    Raises ConfigError naming the places that were searched.
+    """
+    here = (folder or Path.cwd()).absolute()
     places = [folder / recipe for folder in (here, *list(here.parents)[:2])]
     for place in places:
         if place.is_file():

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..config import PARAMETERS, Config, load_config
+from ..config import PARAMETERS, Config, find_recipe, load_config
 from ..environment import set_environment
 from ..errors import ConfigError, RunError
 from ..run_folder import DONE, Run, check_name, check_unused, find_run_root, now, read_json, write_text
@@ -30,7 +30,8 @@ def run_notebook(notebook: Path, recipe: str | None, settings: Mapping[str, Any]
     """
     set_environment()
     parameters = find_parameters(notebook)
-    recipe = recipe or parameters.get("recipe")
+    if not recipe and parameters["recipe"]:
+        recipe = str(find_recipe(parameters["recipe"], notebook.parent))
     config = load_config(recipe, settings, origin="--set")
     name = check_name(name or datetime.now().strftime("%Y%m%d-%H%M%S"))
     path = find_run_root(config.recipe) / name
