@@ -100,7 +100,7 @@ def run(options: argparse.Namespace) -> int:
 
 def read_assignments(assignments: list[str]) -> dict[str, Any]:
     """Turn ["train.max_steps=60"] into {"train.max_steps": 60}. Raises ConfigError for one without "="."""
-    from .config import parse_yaml
+    from .recipe import parse_yaml
 
     settings = {}
     for assignment in assignments:

@@ -6,22 +6,20 @@ default < recipe < notebook < --set < panel          the stronger one wins; None
 import difflib
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import yaml
 from pydantic import PrivateAttr, ValidationError
 
 from .errors import ConfigError
+from .recipe import find_recipe, parse_yaml, read_recipe
 from .settings import Adapter, Data, Evaluate, Export, Model, Section, Train
 
 if TYPE_CHECKING:
     import pandas
 
 Settings = Mapping[str, Any] | str | None
-RECIPE_LIMIT = 1_000_000  # bytes; a larger file is data, not a recipe
 
 
 class Config(Section):
@@ -73,18 +71,22 @@ class Config(Section):
         problems: list[str] = []
         for origin, layer in layers:
             for name, value in layer.items():
-                if name not in NAMES:
-                    problems.append(f"{name}: no such setting (from {origin}).{suggest(name, NAMES)}")
+                if name in SECTIONS:
+                    problems.append(
+                        f"{name} is {value!r} (from {origin}): it is a section and holds settings, for instance {first_name(name)}."
+                    )
+                elif name not in NAMES:
+                    problems.append(f"{name or '(no name)'}: no such setting (from {origin}).{suggest(name, NAMES)}")
                 elif value is not None:
                     values[name], origins[name] = value, origin
         try:
             config = cls.model_validate(nest(values))
+            problems += find_conflicts(config)
         except ValidationError as error:
             problems += [explain(problem, values, origins) for problem in error.errors()]
         if problems:
             raise ConfigError(sorted(set(problems)))
         config._origins, config._recipe = origins, recipe
-        check_together(config)
         return config
 
 
@@ -112,97 +114,14 @@ def load_config(recipe: str | Path | None = None, settings: Settings = None, ori
         ConfigError: with one sentence for every problem found, before any weights are read.
     """
     check_parameters()
+    if recipe is not None and not isinstance(recipe, str | Path):
+        raise ConfigError(
+            f"recipe is {recipe!r}: it must be the name of a YAML file, for instance params/text_quick.yaml."
+        )
     path = find_recipe(recipe) if recipe else None
-    layers = [(path.name, read_recipe(path))] if path else []
+    layers = [(path.name, flatten(read_recipe(path)))] if path else []
     origin = origin or ("--set" if os.environ.get("FORGEKIT_RUN") else "notebook")
     return Config._build([*layers, (origin, read_settings(settings))], path)
-
-
-def find_recipe(recipe: str | Path, folder: Path | None = None) -> Path:
-    """Return the recipe's absolute path: as given, from `folder` (default: the current one) or up to two folders above it.
-
-    Raises ConfigError naming the places that were searched.
-    """
-    here = (folder or Path.cwd()).absolute()
-    places = [folder / recipe for folder in (here, *list(here.parents)[:2])]
-    for place in places:
-        if place.is_file():
-            return place.resolve()
-    folder = next(
-        (place.parent for place in places if place.parent.is_dir() and any(place.parent.glob("*.yaml"))), None
-    )
-    known = sorted(file.name for file in folder.glob("*.yaml")) if folder else []
-    hint = (
-        f" There are: {', '.join(known)}."
-        if known
-        else " `forgekit init DIR` copies the shipped notebooks and recipes."
-    )
-    raise ConfigError(f"recipe {str(recipe)!r}: no such file in {here} or the two folders above it.{hint}")
-
-
-class RecipeLoader(yaml.SafeLoader):
-    """YAML with 1.2's numbers and booleans: `2e-4` is a number, only true and false are booleans; nothing twice, no aliases."""
-
-    yaml_implicit_resolvers = {
-        first: [
-            (tag, pattern)
-            for tag, pattern in resolvers
-            if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
-        ]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-        """Refuse a key that stands twice: YAML would keep the last one silently."""
-        keys = [key.value for key, _ in node.value]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
-        if twice:
-            raise yaml.YAMLError(f"{twice[0]!r} stands twice in one section, line {node.start_mark.line + 1} on")
-        return super().construct_mapping(node, deep)
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        """Refuse aliases, which can make a small file huge."""
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases (*name) are not allowed in a recipe")
-        return super().compose_node(parent, index)
-
-
-RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(?:inf|Inf|nan|NaN))$"
-    ),
-    list("-+0123456789."),
-)
-
-
-def parse_yaml(text: str, source: str) -> Any:
-    """Parse recipe YAML. Raises ConfigError with the source and the line."""
-    try:
-        return yaml.load(text, RecipeLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
-    """Read a recipe's file into dotted names. Raises ConfigError when it is no mapping or cannot be read."""
-    try:
-        if path.stat().st_size > RECIPE_LIMIT:
-            raise ConfigError(
-                f"recipe {path} has {path.stat().st_size:,} bytes; a recipe has at most {RECIPE_LIMIT:,}. Is it a data file?"
-            )
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {path} cannot be read: {error}") from None
-    values = parse_yaml(text, f"recipe {path}")
-    if not isinstance(values, dict):
-        raise ConfigError(
-            f"recipe {path} is {'empty' if values is None else 'no mapping'}; it holds sections such as `train:` with settings below them."
-        )
-    return flatten(values)
 
 
 def read_settings(settings: Settings) -> dict[str, Any]:
@@ -219,13 +138,14 @@ def flatten(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        flat |= (
-            flatten(value, f"{name}.")
-            if isinstance(value, Mapping)
-            else {}
-            if value is None and name in SECTIONS
-            else {name: value}
-        )
+        if isinstance(value, Mapping) and (value or name in SECTIONS):
+            inner = flatten(value, f"{name}.")
+        else:
+            inner = {} if value is None and name in SECTIONS else {name: value}
+        twice = sorted(flat.keys() & inner.keys())
+        if twice:
+            raise ConfigError(f"{twice[0]} stands twice in one set of settings. Keep one of the two.")
+        flat |= inner
     return flat
 
 
@@ -238,6 +158,11 @@ def nest(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return sections
 
 
+def first_name(section: str) -> str:
+    """Return one dotted name of a section, as an example."""
+    return next(name for name in NAMES if name.startswith(f"{section}."))
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Return " Did you mean ...?" with the nearest known name, or nothing."""
     known = list(known)
@@ -248,6 +173,15 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {nearest[0]}?" if nearest else ""
 
 
+PLAIN_WORDS = {  # pydantic's -> ours
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "a valid string": "text (in quotes when it looks like a number)",
+    "a valid boolean": "true or false",
+    "a valid tuple": "a list, for instance [a, b]",
+}
+
+
 def explain(problem: Any, values: Mapping[str, Any], origins: Mapping[str, str]) -> str:
     """Turn one of pydantic's findings into a sentence with the name, value, origin, range and help."""
     name = ".".join(str(part) for part in problem["loc"][:2])
@@ -255,11 +189,12 @@ def explain(problem: Any, values: Mapping[str, Any], origins: Mapping[str, str])
     help = SECTIONS[section].model_fields[field].description if field else ""
     value = values.get(name, problem["input"])
     text = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    text = PLAIN_WORDS.get(text, text)
     return f"{name} is {json.dumps(value, default=str)} (from {origins.get(name, 'default')}): it should be {text}. Meaning: {help}."
 
 
-def check_together(config: Config) -> None:
-    """Check settings that depend on each other. Raises ConfigError with every problem."""
+def find_conflicts(config: Config) -> list[str]:
+    """Return a sentence for every setting that does not go with another one."""
     problems = [
         f"adapter.layers: {group!r} is no group of layers.{suggest(group, GROUPS)} There are: {', '.join(GROUPS)}."
         for group in config.adapter.layers
@@ -282,8 +217,7 @@ def check_together(config: Config) -> None:
         problems.append(
             "adapter.path continues an adapter, and model.load_in: full has none. Set load_in to 16bit or 4bit."
         )
-    if problems:
-        raise ConfigError(problems)
+    return problems
 
 
 PARAMETERS = ("recipe", "settings", "run_name")

@@ -12,7 +12,17 @@ Switch = Annotated[  # YAML 1.1 and Python say true and false where a recipe say
     Literal["auto", "on", "off"], BeforeValidator(lambda value: {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value)
 ]  # fmt: skip
 Names = Annotated[tuple[str, ...], Field(strict=False)]  # a list in YAML, unchangeable here
-Part = int | float | str | None
+
+
+def check_part(value: Any) -> Any:
+    """Refuse a number that is neither a number of rows nor a share; 1.0 could be meant as either."""
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if value is None or isinstance(value, str) or whole or (isinstance(value, float) and 0 < value < 1):
+        return value
+    raise ValueError("a number of rows from 1, a share between 0 and 1, or the name of a file or Hub split")
+
+
+Part = Annotated[int | float | str | None, BeforeValidator(check_part)]
 
 
 def setting(default: Any, help: str, **limits: Any) -> Any:

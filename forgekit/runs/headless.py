@@ -1,5 +1,6 @@
 """A notebook from start to end without a browser: papermill executes it, the run's folder keeps what it printed."""
 
+import ast
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -8,9 +9,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..config import PARAMETERS, Config, find_recipe, load_config
+from ..config import PARAMETERS, Config, load_config
 from ..environment import set_environment
 from ..errors import ConfigError, RunError
+from ..recipe import find_recipe
 from ..run_folder import DONE, Run, check_name, check_unused, find_run_root, now, read_json, write_text
 
 
@@ -42,7 +44,9 @@ def run_notebook(notebook: Path, recipe: str | None, settings: Mapping[str, Any]
         path.mkdir(parents=True, exist_ok=True)
         run.update(notebook=notebook.name)
     except OSError as error:
-        raise RunError(f"the run's folder {path} cannot be written: {error.strerror}. Set FORGEKIT_RUNS to a folder that can.") from None
+        raise RunError(
+            f"the run's folder {path} cannot be written: {error.strerror}. Set FORGEKIT_RUNS to a folder that can."
+        ) from None
     print(f"Run {name}: {notebook.name}, recipe {config.recipe or 'none'}\n        {path}", flush=True)
     with environment(FORGEKIT_RUN=name, FORGEKIT_RUNS=str(path.parent)):
         state, failure = execute(notebook, path / "notebook.ipynb", given, config)
@@ -56,28 +60,46 @@ def run_notebook(notebook: Path, recipe: str | None, settings: Mapping[str, Any]
 
 def find_parameters(notebook: Path) -> dict[str, Any]:
     """Return the notebook's own parameters. Raises ConfigError when it is missing, no notebook, or has none."""
-    import ast
-
     import nbformat
 
     if not notebook.is_file():
         raise ConfigError(f"notebook {notebook} does not exist. `forgekit init DIR` copies the shipped ones.")
     try:
         cells = nbformat.read(notebook, as_version=4).cells
-    except (nbformat.reader.NotJSONError, nbformat.ValidationError, AttributeError, UnicodeDecodeError) as error:
+        cell = next((cell for cell in cells if "parameters" in cell.metadata.get("tags", [])), None)
+    except (OSError, ValueError, nbformat.ValidationError) as error:
         raise ConfigError(f"{notebook} is no notebook: {str(error).splitlines()[0][:120]}") from None
-    cell = next((cell for cell in cells if "parameters" in cell.metadata.get("tags", [])), None)
+    except (AttributeError, TypeError):  # JSON, but of something else
+        raise ConfigError(f"{notebook} is no notebook: its JSON does not hold a notebook's cells.") from None
     if cell is None:
         raise ConfigError(f"{notebook} has no cell with the tag `parameters`, so a recipe could not reach it.")
     found = {}
-    for node in ast.parse(cell.source).body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else node.target if isinstance(node, ast.AnnAssign) else None
-        if isinstance(target, ast.Name) and node.value is not None:
-            found[target.id] = ast.literal_eval(node.value)
+    for name, value in find_assignments(cell.source, notebook):
+        try:
+            found[name] = ast.literal_eval(value)
+        except ValueError:
+            raise ConfigError(
+                f"{notebook}: the parameter {name} is {ast.unparse(value)}; only plain values can be read, such as text and numbers."
+            ) from None
     missing = [name for name in PARAMETERS if name not in found]
     if missing:
         raise ConfigError(f"{notebook}: the parameters cell lacks {', '.join(missing)}.")
     return found
+
+
+def find_assignments(source: str, notebook: Path) -> Iterator[tuple[str, ast.expr]]:
+    """Yield each `name = value` and `name: type = value` of a cell. Raises ConfigError when it is no plain Python."""
+    try:
+        body = ast.parse(source).body
+    except SyntaxError as error:
+        raise ConfigError(
+            f"{notebook}: line {error.lineno} of the parameters cell is no plain Python: {error.msg}."
+        ) from None
+    for node in body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            if isinstance(target, ast.Name):
+                yield target.id, node.value
 
 
 @contextmanager
@@ -113,7 +135,7 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any], config: Co
             cwd=str(notebook.parent.absolute()),
         )
     except papermill.PapermillExecutionError as error:
-        return "failed", f"cell {error.exec_count}: {error.ename}: {error.evalue}"
+        return "failed", " ".join(f"cell {error.exec_count}: {error.ename}: {error.evalue}".split())
     except DeadKernelError as error:
         return "failed", f"the kernel died: {error} (out of memory is the usual cause; see logs/training.log)"
     except KeyboardInterrupt:

@@ -28,12 +28,19 @@ def print_scores(before: dict[str, Any], after: dict[str, Any], answers: int) ->
     for old, new in list(zip(before["rows"], after["rows"], strict=True))[:answers]:
         print(f"\n  question  {' '.join(new['question'].split())}")
         print(f"  before    {' '.join(old['prediction'].split())[:160]}")
-        print(f"  after     {new['prediction']}   {'(right)' if new['right'] else '(right would be: ' + new['reference'] + ')'}")
+        print(
+            f"  after     {new['prediction']}   {'(right)' if new['right'] else '(right would be: ' + new['reference'] + ')'}"
+        )
 
 
 def find_places(run: Run) -> dict[str, Path]:
     """Return what stands in the run's folder, by title."""
-    places = {"run": run.path, "notebook": run.path / "notebook.ipynb", "as HTML": run.path / "notebook.html", "log": run.path / "logs" / "training.log"}
+    places = {
+        "run": run.path,
+        "notebook": run.path / "notebook.ipynb",
+        "as HTML": run.path / "notebook.html",
+        "log": run.path / "logs" / "training.log",
+    }
     places |= {name: run.path / place for name, place in run.record.get("exports", {}).items()}
     return {title: place for title, place in places.items() if place.exists()}
 
