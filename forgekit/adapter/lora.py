@@ -22,7 +22,7 @@ GROUPS = {
     "mlp": r"layers\.\d+\.mlp\.(?:gate|up|down)_proj",
     # MobileNetV5 consists of convolutions, so Linear-only LoRA reaches one module of the picture side: its projection
     "vision": r"embed_vision\.embedding_projection",
-    "audio": r"(?:audio_tower\..*(?:ffw_layer_1|ffw_layer_2|q_proj|k_proj|v_proj|post|linear_start|linear_end|input_proj_linear)|embed_audio\.embedding_projection)",
+    "audio": r"(?:audio_tower\..*(?:ffw_layer_1|ffw_layer_2|q_proj|k_proj|v_proj|pos_proj|post|linear_start|linear_end|input_proj_linear)|embed_audio\.embedding_projection)",
 }
 TOWERS = {"vision": ("vision_tower", "embed_vision"), "audio": ("audio_tower", "embed_audio")}
 

@@ -27,6 +27,7 @@ class Markers:
     start: tuple[int, ...]  # <start_of_turn> model \n
     end: int  # <end_of_turn>
     bos: int
+    control: dict[int, str]  # special tokens that no text turn holds: <eos>, <pad>, the media tokens
 
     @classmethod
     def find(cls, tokenizer: Any) -> "Markers":
@@ -37,7 +38,11 @@ class Markers:
                 "template", f"the tokenizer lacks {TURN_START} or {TURN_END}, which mark the turns that are learned"
             )
         role = tokenizer(ROLE, add_special_tokens=False).input_ids
-        return cls((ids[0], *role), ids[1], tokenizer.bos_token_id)
+        # <unk> stands for a character that the vocabulary lacks, so text may hold it
+        written = {*ids, tokenizer.bos_token_id, tokenizer.unk_token_id}
+        special = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
+        control = {token: name for token, name in special if token not in written}
+        return cls((ids[0], *role), ids[1], tokenizer.bos_token_id, control)
 
 
 def render_chat(messages: Messages, processor: Any, answer: bool = True) -> str:
@@ -97,14 +102,12 @@ def check_ids(ids: list[int], messages: Messages, markers: Markers, max_length: 
         )
     if len(ids) > max_length:
         return BadRow("too_long", f"{len(ids)} tokens, and model.max_length is {max_length}")
-    learned = mark_learned(ids, markers)
-    turns = sum(now and not before for before, now in zip([False, *learned], learned, strict=False))
-    wanted = sum(message["role"] == "assistant" for message in messages)
-    if turns != wanted or ids.count(markers.end) != len(messages) - (messages[0]["role"] == "system"):
-        return BadRow(
-            "control_tokens",
-            f"{turns} learned spans for {wanted} assistant turns: the text holds {TURN_START} or {TURN_END}",
-        )
+    turns = len(messages) - (messages[0]["role"] == "system")  # the template writes system text into the first turn
+    names = {markers.start[0]: TURN_START, markers.end: TURN_END}
+    held = [name for token, name in names.items() if ids.count(token) != turns]
+    held += sorted({markers.control[token] for token in ids if token in markers.control})
+    if held:
+        return BadRow("control_tokens", f"the text holds {', '.join(held)}, which the model reads as control tokens")
     return None
 
 
