@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ForgekitError as error:
         print(f"forgekit: {error}", file=sys.stderr)
         return FAILED
+    except KeyboardInterrupt:
+        print("forgekit: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def init(options: argparse.Namespace) -> int:
@@ -84,7 +88,7 @@ def init(options: argparse.Namespace) -> int:
 
     for file in init_project(options.dir):
         print(file)
-    print(f"\nNext: cd {options.dir} && forgekit run notebooks/01_text.ipynb   (or: forgekit lab)")
+    print(f"\nNext: cd {shlex.quote(str(options.dir))} && forgekit run notebooks/01_text.ipynb   (or: forgekit lab)")
     return 0
 
 

@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import MutableMapping
 from pathlib import Path
 
+from .errors import RunError
+
 # variable -> folder below the cache folder; all of these libraries write to the home or the current folder otherwise
 FOLDERS = {
     "MPLCONFIGDIR": "matplotlib",
@@ -43,14 +45,28 @@ def is_writable(folder: Path) -> bool:
 
 
 def cache_folder() -> Path:
-    """Return the first writable of $FORGEKIT_CACHE, ~/.cache/forgekit and a folder of this user's in the temporary folder."""
+    """Return the first writable of $FORGEKIT_CACHE, ~/.cache/forgekit and a folder of this user's in the temporary folder.
+
+    Raises RunError when none of them can be written.
+    """
     user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")
+    base, home = os.environ.get("XDG_CACHE_HOME"), home_folder()
     places = [
         os.environ.get("FORGEKIT_CACHE"),
-        os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "forgekit"),
+        os.path.join(base, "forgekit") if base else home and os.path.join(home, ".cache", "forgekit"),
         os.path.join(tempfile.gettempdir(), f"forgekit-{user}"),
     ]
-    return next(Path(place) for place in places if place and is_writable(Path(place)))
+    for place in places:
+        if place and is_writable(Path(place)):
+            return Path(place)
+    tried = ", ".join(str(place) for place in places if place)
+    raise RunError(f"No folder for caches can be written (tried {tried}). Set FORGEKIT_CACHE to one that can.")
+
+
+def home_folder() -> Path | None:
+    """Return the user's home, or None: a container's user may have neither HOME nor a line in the list of users."""
+    home = os.path.expanduser("~")
+    return None if home.startswith("~") else Path(home)
 
 
 def set_environment(environ: MutableMapping[str, str] = os.environ) -> None:
@@ -65,6 +81,7 @@ def set_environment(environ: MutableMapping[str, str] = os.environ) -> None:
     environ.setdefault(
         "UNSLOTH_COMPILE_LOCATION", str(cache / f"unsloth-{sys.version_info.major}.{sys.version_info.minor}")
     )
-    if not is_writable(Path.home()):
+    home = home_folder()
+    if home is None or not is_writable(home):
         for name, folder in FOLDERS.items():
             environ.setdefault(name, str(cache / folder))

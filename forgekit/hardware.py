@@ -58,16 +58,16 @@ def choose_engine(config: "Config") -> str:
     Raises ModelError when a GPU-only setting meets a machine without a GPU.
     """
     hardware = detect_hardware()
-    quantised = config.model.load_in in ("4bit", "8bit")
-    if hardware.device == "cpu" and quantised:
-        raise ModelError(
-            f"model.load_in: {config.model.load_in} needs an NVIDIA GPU (bitsandbytes), and this machine has none. "
-            "Set model.load_in: 16bit (float32 on a CPU), or run on a GPU; `forgekit doctor` shows what is seen."
-        )
     if config.model.device == "cuda" and hardware.device == "cpu":
         raise ModelError(
             "model.device: cuda was asked for, and torch sees no CUDA device here. Set model.device: auto, or check the "
             "driver with nvidia-smi; `forgekit doctor` shows what torch was built for."
+        )
+    if config.model.load_in in ("4bit", "8bit") and choose_device(config) == "cpu":
+        why = "this machine has none" if hardware.device == "cpu" else "model.device: cpu was asked for"
+        raise ModelError(
+            f"model.load_in: {config.model.load_in} needs an NVIDIA GPU (bitsandbytes), and {why}. "
+            "Set model.load_in: 16bit (float32 on a CPU), or run on a GPU; `forgekit doctor` shows what is seen."
         )
     if config.model.engine != "auto":
         return config.model.engine

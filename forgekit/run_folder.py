@@ -122,16 +122,17 @@ def find_run_root(recipe: Path | None) -> Path:
     return (recipe.parent.parent if recipe and os.access(recipe.parent.parent, os.W_OK) else Path.cwd()) / "runs"
 
 
-def check_name(name: str) -> str:
-    """Return the run's name. Raises RunError when it is no plain folder name."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+def check_name(name: str | int) -> str:
+    """Return the run's name; papermill makes a number of one that looks like it. Raises RunError when it is no folder name."""
+    name = str(name) if type(name) is int else name
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise RunError(
             f"run name {name!r}: use up to 100 letters, digits, '.', '_' and '-', the first a letter or digit."
         )
     return name
 
 
-def start_run(config: "Config", name: str | None = None) -> Run:
+def start_run(config: "Config", name: str | int | None = None) -> Run:
     """Make and lock the run's folder and write run.json with the settings and where each came from.
 
     Args:
@@ -140,19 +141,21 @@ def start_run(config: "Config", name: str | None = None) -> Run:
     Raises:
         RunError: a run of that name exists, is in use, or its folder cannot be written.
     """
-    name = name or os.environ.get("FORGEKIT_RUN") or datetime.now().strftime("%Y%m%d-%H%M%S")
-    path = find_run_root(config.recipe) / check_name(name)
+    name = check_name(name or os.environ.get("FORGEKIT_RUN") or datetime.now().strftime("%Y%m%d-%H%M%S"))
+    path = find_run_root(config.recipe) / name
     if os.environ.get("FORGEKIT_RUN") != name:
         check_unused(path)
+    record = {"name": name, "state": "running", "pid": os.getpid(), "started_at": now()}
+    if (path / "run.json").exists():  # `forgekit run` has begun it
+        record = read_json(path / "run.json") | record
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(path)
+        run = Run(path, record, lock_folder(path))
+        run.update(recipe=str(config.recipe or ""), settings=describe_settings(config), versions=find_versions())
     except OSError as error:
         raise RunError(
             f"the run's folder {path} cannot be written: {error.strerror}. Set FORGEKIT_RUNS to a folder that can."
         ) from None
-    run = Run(path, {"name": name, "state": "running", "pid": os.getpid(), "started_at": now()}, lock)
-    run.update(recipe=str(config.recipe or ""), settings=describe_settings(config), versions=find_versions())
     return run
 
 
