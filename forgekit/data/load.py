@@ -13,7 +13,7 @@ from .collate import check_rows
 from .formats import FORMATS, ToExample, detect_format
 from .messages import Messages, check_example
 from .read import read_split
-from .split import count_rows, hash_prompt, hold_out
+from .split import count_held_out, count_rows, hash_prompt, hold_out
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "validation", "test")
 SPLIT_SEED = 3407  # held-out rows stay the same when train.seed changes, so that scores of several seeds compare
+TEXT_COLUMNS = {"json", "source"}  # of rows that were read from lines of text
 BATCH = 256  # rows tokenised together while checking
 
 
@@ -68,7 +69,7 @@ def load_data(
 
 def decode_rows(batch: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
     """Turn a batch of columns back into rows; rows read from text files stand as JSON in one column."""
-    if set(batch) == {"json", "source"}:
+    if set(batch) == TEXT_COLUMNS:
         return [json.loads(text) for text in batch["json"]]
     return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
 
@@ -79,7 +80,7 @@ def find_format(config: "Config", table: "Dataset", sample: int = 100) -> ToExam
     rows = decode_rows(table[:sample])
     if name == "auto":
         name = detect_format(rows)
-        columns = ", ".join(key for key in rows[0] if key != "source")
+        columns = ", ".join(rows[0])
         print(
             f"Format: {name}, as the first {len(rows)} rows have the columns {columns}. Another one: data.format, or to_example(row)."
         )
@@ -93,10 +94,14 @@ def check_table(
     good: list[int] = []
     hashes: list[str] = []
     started = time.monotonic()
-    from_text = "json" in table.column_names
+    from_text = set(table.column_names) == TEXT_COLUMNS
     for start in range(0, len(table), BATCH):
         batch = table[start : start + BATCH]
-        sources = batch.get("source") or [f"{name}:{start + i + 1}" for i in range(len(next(iter(batch.values()))))]
+        sources = (
+            batch["source"]
+            if from_text
+            else [f"{name}:{number}" for number in range(start + 1, min(start + BATCH, len(table)) + 1)]
+        )
         found: list[tuple[int, str, Messages]] = []
         for offset, (row, source) in enumerate(zip(decode_rows(batch), sources, strict=True)):
             quarantine.seen += not from_text  # text rows were counted when they were read
@@ -142,19 +147,16 @@ def cut_splits(config: "Config", tables: dict[str, "Dataset"], hashes: dict[str,
     sizes = {}
     for name, wanted in (("test", data.test), ("validation", data.validation)):
         if name not in tables and not isinstance(wanted, str) and wanted is not None:
-            sizes[name] = count_rows(wanted, len(train), f"data.{name}")
+            sizes[name] = count_held_out(wanted, len(train), f"data.{name}")
     parts = hold_out(hashes["train"], sizes)
     report_overlap(
         {name: hashes[name] for name in tables if name != "train"}, [hashes["train"][i] for i in parts["train"]]
     )
     if not parts["train"]:
         raise DataError(f"No row is left to learn from: {len(train)} rows, all held out (data.test, data.validation).")
-    limit = data.train if isinstance(data.train, int | float) else None
-    kept = (
-        parts["train"][: count_rows(limit, len(parts["train"]) + 1, "data.train")]
-        if limit is not None
-        else parts["train"]
-    )
+    kept = parts["train"]
+    if isinstance(data.train, int | float):
+        kept = kept[: max(1, count_rows(data.train, len(kept)))]
     cut = (
         {"train": train.select(kept)}
         | {name: train.select(parts[name]) for name in sizes}

@@ -67,6 +67,10 @@ def find_file(config: "Config", path: str, setting: str) -> Path:
     for place in places:
         if place.is_file():
             return place
+        if place.is_dir():
+            raise DataError(
+                f"{setting}: {place} is a folder. Name one file in it ({', '.join([*READERS, *TABLE_FILES])})."
+            )
     raise DataError(
         f"{setting}: {path} does not exist (looked in {', '.join(str(place.absolute().parent) for place in places)})."
     )
@@ -83,8 +87,7 @@ def read_sample(path: str) -> "Dataset":
         raise DataError(
             f"data.path: there is no built-in task {name!r}. There are: {', '.join(SAMPLE + known for known in SAMPLES)}."
         )
-    rows = SAMPLES[name]()
-    return Dataset.from_list([{**row, "source": f"{path}:{number}"} for number, row in enumerate(rows, 1)])
+    return Dataset.from_list(SAMPLES[name]())
 
 
 def read_hub(path: str, split: str) -> "Dataset":
@@ -96,7 +99,7 @@ def read_hub(path: str, split: str) -> "Dataset":
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"data.path: {path} ({split}) cannot be loaded from the Hub: {first} If it is a file, check its name and folder."
+            f"data.path: {path} ({split}) cannot be loaded from the Hub: {first.rstrip('.')}. If it is a file, check its name and folder."
         ) from error
 
 
@@ -108,24 +111,45 @@ def read_file(path: Path, quarantine: Quarantine) -> "Dataset":
     from datasets import Dataset
 
     suffix = path.suffix.lower()
-    if suffix in TABLE_FILES:
-        return Dataset.from_parquet(str(path)) if suffix == ".parquet" else Dataset.from_file(str(path))
-    if suffix not in READERS:
+    if suffix not in (*READERS, *TABLE_FILES):
         raise DataError(f"{path} ends in {suffix or 'nothing'}; known kinds are {', '.join([*READERS, *TABLE_FILES])}.")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty (0 bytes).")
-    texts, sources = [], []
-    for number, row in READERS[suffix](path):
-        source = f"{path.name}:{number}"
-        quarantine.seen += 1
-        if isinstance(row, BadRow):
-            quarantine.add(source, row)
-        else:
-            texts.append(json.dumps(row, ensure_ascii=False))
-            sources.append(source)
+    try:
+        if path.stat().st_size == 0:
+            raise DataError(f"{path} is empty (0 bytes). Write one row on each line, or name another file.")
+        if suffix in TABLE_FILES:
+            return read_table(path)
+        texts, sources = [], []
+        for number, row in READERS[suffix](path):
+            source = f"{path.name}:{number}"
+            quarantine.seen += 1
+            if isinstance(row, BadRow):
+                quarantine.add(source, row)
+            else:
+                texts.append(json.dumps(row, ensure_ascii=False))
+                sources.append(source)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
     if not texts:
         raise DataError(f"{path} holds no row that can be read.{quarantine.describe()}")
     return Dataset.from_dict({"json": texts, "source": sources})
+
+
+def read_table(path: Path) -> "Dataset":
+    """Read a parquet or Arrow file. Raises DataError when it is none, half of one, or has no rows."""
+    import pyarrow
+    from datasets import Dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        table = Dataset.from_parquet(str(path)) if path.suffix.lower() == ".parquet" else Dataset.from_file(str(path))
+    except (DatasetGenerationError, pyarrow.ArrowException) as error:
+        why = str(error.__cause__ or error).splitlines()[0]
+        raise DataError(
+            f"{path} is no whole {TABLE_FILES[path.suffix.lower()]} file: {why} Write or fetch it again."
+        ) from error
+    if len(table) == 0:
+        raise DataError(f"{path} holds no rows.")
+    return table
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
@@ -143,7 +167,9 @@ def parse_row(line: bytes) -> dict[str, Any] | BadRow:
         row = json.loads(text)
     except UnicodeDecodeError as error:
         return BadRow("not_utf8", f"byte {error.start} is not UTF-8")
-    except (ValueError, RecursionError) as error:
+    except json.JSONDecodeError as error:
+        return BadRow("broken_json", f"no valid JSON: {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits; thousands of [[[[
         return BadRow("broken_json", f"no valid JSON: {error}")
     return (
         row
@@ -153,10 +179,19 @@ def parse_row(line: bytes) -> dict[str, Any] | BadRow:
 
 
 def read_json(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-    """Yield (position from 1, row) of a file that holds one JSON list; a file of JSON lines under this ending works too."""
+    """Yield (position from 1, row) of a file that holds one JSON list; a file of JSON lines under this ending works too.
+
+    Raises DataError for a list that breaks off or is broken: where a row of it ends can then only be guessed.
+    """
+    data = path.read_bytes()
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError):
+        rows = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        if data.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+            where = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+            raise DataError(
+                f"{path}{where}: the JSON list is broken: {error}. Mend that line, or write one row on each line."
+            ) from None
         yield from read_json_lines(path)
         return
     rows = rows if isinstance(rows, list) else [rows]
@@ -170,22 +205,44 @@ def read_json(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
 
 
 def read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-    """Yield (line number, row) of a CSV or TSV file with a header line."""
+    """Yield (line number, row) of a CSV or TSV file with a header line; a row that spans lines counts as its last one.
+
+    A quote that is not closed swallows lines: each of them is yielded as a bad row, so that the loss shows.
+    """
     with open(path, encoding="utf-8-sig", newline="", errors="surrogateescape") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        for row in reader:
-            if None in row or None in row.values():
-                yield (
-                    reader.line_num,
-                    BadRow(
-                        "wrong_columns",
-                        f"the header has {len(reader.fieldnames or [])} columns, this line has more or fewer",
-                    ),
-                )
-            elif any(0xDC80 <= ord(letter) <= 0xDCFF for value in row.values() for letter in value):
-                yield reader.line_num, BadRow("not_utf8", "bytes that are not UTF-8")
-            else:
-                yield reader.line_num, dict(row)
+        reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+        header: list[str] | None = None
+        while True:
+            first = reader.line_num + 1
+            try:
+                values = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                for number in range(first, reader.line_num + 1):
+                    yield number, BadRow("broken_csv", f"{error}; a quote that opens on line {first} may not be closed")
+                continue
+            if header is None:
+                header = check_header(values, path)
+            elif values:
+                yield reader.line_num, check_values(header, values)
+
+
+def check_header(header: list[str], path: Path) -> list[str]:
+    """Return the column names. Raises DataError when one stands twice, because one of the two would be lost."""
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise DataError(f"{path}:1: the column {twice[0]!r} stands twice in the header. Rename one of the two.")
+    return header
+
+
+def check_values(header: list[str], values: list[str]) -> dict[str, Any] | BadRow:
+    """Return the row, or what is wrong with it."""
+    if len(values) != len(header):
+        return BadRow("wrong_columns", f"the header has {len(header)} columns, this line has {len(values)}")
+    if any(0xDC80 <= ord(letter) <= 0xDCFF for value in values for letter in value):
+        return BadRow("not_utf8", "bytes that are not UTF-8")
+    return dict(zip(header, values, strict=True))
 
 
 READERS = {".jsonl": read_json_lines, ".json": read_json, ".csv": read_csv, ".tsv": read_csv}

@@ -13,14 +13,17 @@ def hash_prompt(messages: Messages, seed: int) -> str:
     return hashlib.sha256(f"{seed}\n{' '.join(prompt.lower().split())}".encode()).hexdigest()
 
 
-def count_rows(wanted: int | float | None, total: int, setting: str) -> int:
-    """Turn a number of rows, or a share below 1, into a number. Raises DataError when it is out of range."""
-    if wanted is None:
-        return 0
-    number = round(wanted * total) if isinstance(wanted, float) and wanted < 1 else int(wanted)
-    if number < 0 or number >= total:
+def count_rows(wanted: int | float, total: int) -> int:
+    """Turn a number of rows, or a share below 1 of `total`, into a number of rows."""
+    return round(wanted * total) if isinstance(wanted, float) and wanted < 1 else int(wanted)
+
+
+def count_held_out(wanted: int | float, total: int, setting: str) -> int:
+    """Return how many of `total` rows are held out. Raises DataError when that is none of them, or all."""
+    number = count_rows(wanted, total)
+    if not 0 < number < total:
         raise DataError(
-            f"{setting} is {wanted}: that is {number} of {total} rows, and rows to learn from must be left."
+            f"{setting} is {wanted}: that is {number} of {total} rows. At least one row must be held out, and one left to learn from."
         )
     return number
 

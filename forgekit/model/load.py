@@ -82,7 +82,9 @@ def explain_load_error(config: Config, error: Exception) -> ModelError:
     """Turn what the Hub client or transformers says into one sentence with a remedy."""
     offline = os.environ.get("HF_HUB_OFFLINE") == "1" or os.environ.get("TRANSFORMERS_OFFLINE") == "1"
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if offline:
+    if config.model.id in BUILT_IN or Path(config.model.id).expanduser().exists():
+        remedy = "Its files do not make a whole checkpoint: fetch or save it again."
+    elif offline:
         remedy = "This process is offline (HF_HUB_OFFLINE=1) and the model is not in the cache: unset it, or name a folder or `tiny`."
     elif "gated" in str(error).lower() or "401" in str(error):
         remedy = (
@@ -90,7 +92,7 @@ def explain_load_error(config: Config, error: Exception) -> ModelError:
         )
     else:
         remedy = "Check the spelling, the connection to the Hub, and model.revision."
-    return ModelError(f"model.id: {config.model.id} cannot be loaded: {first} {remedy}")
+    return ModelError(f"model.id: {config.model.id} cannot be loaded: {first.rstrip('.')}. {remedy}")
 
 
 def load_processor(config: Config) -> Any:
