@@ -106,7 +106,13 @@ def load_processor(config: Config) -> Any:
     name = find_model(config)
     try:
         processor = AutoProcessor.from_pretrained(name, revision=config.model.revision)
-    except (OSError, ValueError) as error:
+    except (
+        OSError,
+        ValueError,
+        AttributeError,
+        KeyError,
+        TypeError,
+    ) as error:  # half a checkpoint trips it up anywhere
         raise explain_load_error(config, error) from error
     if get_tokenizer(processor).chat_template is None and getattr(processor, "chat_template", None) is None:
         raise ModelError(
@@ -130,13 +136,15 @@ def load_model(config: Config) -> tuple["PreTrainedModel", Any]:
     """
     engine = start_engine(config)
     processor = load_processor(config)  # a wrong id or a missing template shows before weights are read
+    from safetensors import SafetensorError
+
     dtype, name = choose_dtype(config), find_model(config)
     print(
         f"Loading {config.model.id}: {engine}, {config.model.load_in}, {str(dtype).removeprefix('torch.')}, {detect_hardware()}"
     )
     try:
         model = load_unsloth(config, name, dtype) if engine == "unsloth" else load_transformers(config, name, dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise explain_load_error(config, error) from error
     except NotImplementedError as error:
         raise ModelError(f"Unsloth does not support this here: {error} Set model.engine: huggingface.") from error
@@ -189,10 +197,24 @@ def load_transformers(config: Config, name: str, dtype: Any) -> "PreTrainedModel
     if quantisation:
         quantisation = transformers.BitsAndBytesConfig(**quantisation, llm_int8_skip_modules=KEEP_16BIT)
     device = choose_device(config)
-    return kind.from_pretrained(
+    model, report = kind.from_pretrained(
         name,
         revision=config.model.revision,
         dtype=dtype,
         quantization_config=quantisation,
         device_map={"": 0} if device == "cuda" else None,
+        ignore_mismatched_sizes=True,  # reported below, with the missing ones
+        output_loading_info=True,
     )
+    check_complete(config, report)
+    return model
+
+
+def check_complete(config: Config, report: dict[str, Any]) -> None:
+    """Raise ModelError when weights were missing or of another shape: transformers fills those with random numbers."""
+    lost = sorted([*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])])
+    if lost:
+        raise ModelError(
+            f"model.id: {config.model.id} lacks {len(lost)} of the weights that its config.json describes, or has them in "
+            f"another shape, for instance {lost[0]}; they would be random. Its files do not make a whole checkpoint: fetch or save it again."
+        )
