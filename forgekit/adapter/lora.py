@@ -49,11 +49,17 @@ def add_adapter(model: "PreTrainedModel", config: Config) -> Any:
     The matrices start from `train.seed`, or from the weights in `adapter.path`.
 
     Raises:
-        ConfigError: a group matches nothing, or the adapter in `adapter.path` was made with other settings.
+        ConfigError: a group matches nothing, the adapter in `adapter.path` was made with other settings, or
+            `export.formats` asks for the adapter that `load_in: full` does not make.
     """
     engine = start_engine(config)
     check_groups(model, config.adapter.layers)
     if config.model.load_in == "full":
+        if "adapter" in config.export.formats:  # said here, before hours of training that could not be exported
+            raise ConfigError(
+                "export.formats asks for adapter, and model.load_in: full trains the weights themselves, without one. "
+                "Set export.formats: [merged]."
+            )
         learner = unfreeze_language(model)
     elif engine == "unsloth":
         learner = add_unsloth_adapter(model, config)
@@ -126,14 +132,15 @@ def load_adapter_weights(model: Any, folder: Path) -> None:
     from safetensors.torch import load_file
 
     weights = folder / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise ConfigError(f"adapter.path: {folder} holds no adapter (adapter_model.safetensors is missing).")
+    for file in (weights, folder / "adapter_config.json"):
+        if not file.is_file():
+            raise ConfigError(f"adapter.path: {folder} holds no adapter ({file.name} is missing).")
     saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     now = model.peft_config["default"]
     problems = [
-        f"adapter.{name} is {getattr(now, name)}, but the adapter in {folder} was made with {saved[name]}. Set it to that."
+        f"adapter.{name} is {getattr(now, name)}, but the adapter in {folder} was made with {saved.get(name)}. Set it to that."
         for name in ("r", "lora_alpha", "use_rslora", "use_dora")
-        if getattr(now, name) != saved[name]
+        if getattr(now, name) != saved.get(name, False)  # older PEFT wrote no use_rslora and use_dora
     ]
     tensors = load_file(weights)
     if not problems and tensors.keys() != get_peft_model_state_dict(model).keys():
