@@ -6,7 +6,7 @@ default < recipe < notebook < --set < panel          the stronger one wins; None
 import difflib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -163,14 +163,22 @@ def first_name(section: str) -> str:
     return next(name for name in NAMES if name.startswith(f"{section}."))
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
-    """Return " Did you mean ...?" with the nearest known name, or nothing."""
-    known = list(known)
-    nearest = difflib.get_close_matches(name, known, 1, 0.6)
-    if not nearest:  # right setting, no or another section: max_steps -> train.max_steps
-        last = difflib.get_close_matches(name.rpartition(".")[2], [k.rpartition(".")[2] for k in known], 1, 0.75)
-        nearest = [k for k in known if last and k.rpartition(".")[2] == last[0]][:1]
-    return f" Did you mean {nearest[0]}?" if nearest else ""
+def suggest(name: str, known: Sequence[str]) -> str:
+    """Return " Did you mean ...?" with the nearest known name, or nothing.
+
+    The last part of a dotted name decides: max_steps -> train.max_steps, train.batch_size -> train.per_device_train_batch_size.
+    """
+    section, _, last = name.rpartition(".")
+    here = [k for k in known if section and k.startswith(f"{section}.")]
+    lasts = {k.rpartition(".")[2]: k for k in [*known, *here]}  # the same section wins
+    own = {k.rpartition(".")[2]: k for k in here}
+    nearest = (
+        [k for k in lasts if k == last]
+        or [k for names in (own, lasts) for k in names if len(last) > 3 and last in k]
+        or difflib.get_close_matches(last, own, 1, 0.6)
+        or difflib.get_close_matches(last, lasts, 1, 0.75)
+    )
+    return f" Did you mean {lasts[nearest[0]]}?" if nearest else ""
 
 
 PLAIN_WORDS = {  # pydantic's -> ours
