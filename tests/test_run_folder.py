@@ -1,0 +1,264 @@
+"""A run's folder: files whole or not at all, one owner at a time, nothing written over."""
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from forgekit.config import Config, load_config
+from forgekit.errors import RunError
+from forgekit.run_folder import (
+    Run,
+    check_name,
+    find_run_root,
+    lock_folder,
+    read_json,
+    start_run,
+    write_json,
+    write_text,
+)
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The root of runs, empty."""
+    root = tmp_path / "runs"
+    monkeypatch.setenv("FORGEKIT_RUNS", str(root))
+    monkeypatch.delenv("FORGEKIT_RUN", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return root
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", ["os.fsync", "os.chmod", "os.replace"])
+def test_a_write_that_fails_leaves_the_old_file_and_no_rest(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "run.json"
+    write_json(file, {"step": 1})
+
+    def fail(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(step, fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(file, {"step": 2})
+    monkeypatch.undo()
+    assert read_json(file) == {"step": 1}
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text(tmp_path / "a", "old")
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_text(tmp_path / "a", "new")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a", "old")]
+
+
+def test_a_reader_meets_only_whole_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the moment before the rename the old content stands under the name, and the new one is complete beside it."""
+    file = tmp_path / "status.json"
+    write_json(file, {"step": 1})
+    replace, seen = os.replace, []
+
+    def look(source: str, target: Path) -> None:
+        seen.append((read_json(target), read_json(Path(source))))
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", look)
+    write_json(file, {"step": 2})
+    assert seen == [({"step": 1}, {"step": 2})]
+    assert read_json(file) == {"step": 2}
+
+
+def test_written_files_have_the_usual_permissions(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_text(tmp_path / "a", "x")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
+
+
+def test_numbers_that_json_does_not_know_become_null(tmp_path: Path) -> None:
+    write_json(
+        tmp_path / "a.json", {"loss": float("nan"), "rows": [float("inf"), (1.5, -float("inf"))], "path": tmp_path}
+    )
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    wanted = {"loss": None, "rows": [None, [1.5, None]], "path": str(tmp_path)}
+    assert json.loads(text, parse_constant=pytest.fail) == wanted
+
+
+@pytest.mark.parametrize("content", [b'{"state": ', b"", b"\xff", None])
+def test_a_broken_file_of_a_run_is_named(content: bytes | None, tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(RunError, match=r"run\.json cannot be read: "):
+        read_json(file)
+
+
+# ---- the folder ------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_records_its_settings_with_origins_and_the_versions(runs: Path) -> None:
+    run = start_run(load_config(None, {"train.seed": 5}), "first")
+    record = read_json(runs / "first" / "run.json")
+    assert (record["name"], record["state"], record["pid"], record["recipe"]) == ("first", "running", os.getpid(), "")
+    assert record["settings"]["train.seed"] == {"value": 5, "from": "notebook"}
+    assert record["settings"]["adapter.r"] == {"value": 16, "from": "default"}
+    assert {"python", "torch", "transformers", "trl", "peft", "unsloth"} <= record["versions"].keys()
+    run.finish()
+    assert read_json(runs / "first" / "run.json")["state"] == "completed"
+
+
+def test_finish_records_a_failure_with_its_reason(runs: Path) -> None:
+    run = start_run(Config(), "first")
+    run.update(exports={"adapter": "models/lora"})
+    run.finish("failed", "out of memory")
+    record = read_json(runs / "first" / "run.json")
+    assert (record["state"], record["error"], record["exports"]) == (
+        "failed",
+        "out of memory",
+        {"adapter": "models/lora"},
+    )
+
+
+def test_runs_stand_where_asked_else_beside_the_recipes_folder_else_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = tmp_path / "project" / "params" / "text.yaml"
+    recipe.parent.mkdir(parents=True)
+    monkeypatch.delenv("FORGEKIT_RUNS", raising=False)
+    assert find_run_root(recipe) == tmp_path / "project" / "runs"
+    assert find_run_root(None) == tmp_path / "runs"
+    monkeypatch.setenv("FORGEKIT_RUNS", "elsewhere")
+    assert find_run_root(recipe) == tmp_path / "elsewhere"
+
+
+def test_a_run_without_a_name_takes_the_time(runs: Path) -> None:
+    name = start_run(Config()).path.name
+    assert len(name) == len("20261121-142700") and name[8] == "-" and name.replace("-", "").isdigit()
+
+
+@pytest.mark.parametrize("state", ["completed", "failed", "running"])
+def test_the_name_of_a_run_that_is_there_is_refused_and_its_files_kept(state: str, runs: Path) -> None:
+    start_run(Config(), "first").finish(state)
+    before = (runs / "first" / "run.json").read_bytes()
+    with pytest.raises(RunError) as caught:
+        start_run(Config(), "first")
+    assert str(caught.value) == (
+        f"run 'first' exists and is {state}: {runs / 'first'}. Its files are kept; choose another run_name."
+    )
+    assert (runs / "first" / "run.json").read_bytes() == before
+
+
+def test_under_forgekit_run_the_kernel_goes_on_with_the_run_that_was_begun(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Run(runs / "night", {"name": "night", "state": "running"}).update(notebook="01_text.ipynb")
+    monkeypatch.setenv("FORGEKIT_RUN", "night")
+    start_run(Config(), None)
+    record = read_json(runs / "night" / "run.json")
+    assert (record["notebook"], record["state"]) == ("01_text.ipynb", "running")
+    assert "settings" in record
+
+
+@pytest.mark.parametrize(
+    "name", ["../up", "/abs", "a/b", ".hidden", "-x", "a b", "", "x" * 101, "a\n", "ü", None, 1.5, True]
+)
+def test_a_name_that_is_no_plain_folder_name_is_refused(name: object) -> None:
+    with pytest.raises(RunError, match="use up to 100 letters, digits"):
+        check_name(name)  # type: ignore[arg-type]
+
+
+def test_a_name_that_papermill_made_a_number_of_is_taken(runs: Path) -> None:
+    assert start_run(Config(), 20261121).path == runs / "20261121"
+
+
+@pytest.mark.parametrize("place", ["a file", "/proc"])
+def test_a_folder_that_cannot_be_written_is_named_with_the_remedy(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path below a file, and /proc, refuse the administrator too."""
+    if place == "/proc" and not Path("/proc/self").exists():
+        pytest.skip("no /proc on this system")
+    (tmp_path / "file").write_text("")
+    root = tmp_path / "file" / "runs" if place == "a file" else Path("/proc/runs")
+    monkeypatch.setenv("FORGEKIT_RUNS", str(root))
+    monkeypatch.delenv("FORGEKIT_RUN", raising=False)
+    with pytest.raises(RunError) as caught:
+        start_run(Config(), "first")
+    assert str(caught.value).startswith(f"the run's folder {root / 'first'} cannot be written: ")
+    assert str(caught.value).endswith("Set FORGEKIT_RUNS to a folder that can.")
+
+
+def test_a_disk_that_fills_while_the_run_starts_is_one_sentence(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(RunError, match="first cannot be written: No space left on device. Set FORGEKIT_RUNS"):
+        start_run(Config(), "first")
+
+
+# ---- the lock --------------------------------------------------------------------------------------------------------
+
+OWNER = """
+import sys
+from pathlib import Path
+from forgekit.run_folder import lock_folder
+lock = lock_folder(Path(sys.argv[1]))
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def owner(tmp_path: Path, project_folder: Path):
+    """Another process that holds the lock of tmp_path."""
+    command = [sys.executable, "-c", OWNER, str(tmp_path)]
+    process = subprocess.Popen(command, cwd=project_folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "locked\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_second_process_is_refused_with_the_owners_number(owner: subprocess.Popen, tmp_path: Path) -> None:
+    with pytest.raises(RunError) as caught:
+        lock_folder(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path} is in use by process {owner.pid}. Choose another run_name, or end that process first."
+    )
+    with pytest.raises(RunError, match=f"by process {owner.pid}"):  # asking does not take the number away
+        lock_folder(tmp_path)
+
+
+def test_the_lock_is_free_when_its_owner_is_killed(owner: subprocess.Popen, tmp_path: Path) -> None:
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    lock_folder(tmp_path).close()
+    assert (tmp_path / ".lock").read_text() == str(os.getpid())
+
+
+def test_finish_frees_the_lock(runs: Path) -> None:
+    run = start_run(Config(), "first")
+    with pytest.raises(RunError, match="in use by process"):
+        lock_folder(run.path)
+    run.finish()
+    lock_folder(run.path).close()
