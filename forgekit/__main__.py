@@ -26,15 +26,15 @@ def make_parser() -> argparse.ArgumentParser:
         help="copy the notebooks and recipes into a folder",
         description="Copy the notebooks and recipes into DIR; nothing is written over.",
     )
-    verb.add_argument("dir", metavar="DIR", type=Path)
+    verb.add_argument("dir", metavar="DIR", type=Path, help="a folder; made when it is missing")
 
     verb = verbs.add_parser(
         "run",
         help="execute a notebook without a browser",
-        description="Execute a notebook with a recipe; settings are checked before anything is loaded. Exit code: 0 completed, 1 failed, 2 wrong usage or settings.",
+        description="Execute a notebook with a recipe; settings are checked before anything is loaded. Exit code: 0 completed, 1 failed, 2 wrong usage or settings, 130 interrupted.",
         epilog="example: forgekit run notebooks/01_text.ipynb --recipe params/text.yaml --set train.max_steps=60 adapter.r=32",
     )
-    verb.add_argument("notebook", metavar="NOTEBOOK", type=Path)
+    verb.add_argument("notebook", metavar="NOTEBOOK", type=Path, help="one with a cell tagged `parameters`")
     verb.add_argument("--recipe", metavar="R", help="YAML file with settings; default: the one the notebook names")
     verb.add_argument(
         "--set",
@@ -57,7 +57,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="start JupyterLab on 127.0.0.1",
         description="Start JupyterLab on 127.0.0.1 with this environment; more arguments go to `jupyter lab`.",
     )
-    verb.add_argument("arguments", metavar="ARG", nargs=argparse.REMAINDER)
+    verb.add_argument(
+        "arguments", metavar="ARG", nargs=argparse.REMAINDER, help="for instance --no-browser or a notebook"
+    )
     return parser
 
 

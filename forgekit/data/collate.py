@@ -120,13 +120,18 @@ class Collator:
     """
 
     processor: Any
+    multiple: int = 1  # pad rows to a multiple of so many tokens: fewer shapes, so that a compiler meets few of them
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, "torch.Tensor"]:
         """Collate examples, each {"messages": [...]}."""
         import torch
 
         batch = tokenize_chats(
-            [example["messages"] for example in examples], self.processor, padding=True, return_tensors="pt"
+            [example["messages"] for example in examples],
+            self.processor,
+            padding=True,
+            pad_to_multiple_of=self.multiple,
+            return_tensors="pt",
         )
         markers = Markers.find(getattr(self.processor, "tokenizer", self.processor))
         learned = torch.tensor([mark_learned(row, markers) for row in batch["input_ids"].tolist()])

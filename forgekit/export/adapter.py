@@ -23,7 +23,9 @@ def export_adapter(
         raise ExportError(
             "The model has no adapter (load_in: full trains the weights themselves): export merged instead."
         )
-    model.save_pretrained(str(folder))
+    # the name that the recipe has, so that the files do not depend on a path of this machine
+    model.peft_config["default"].base_model_name_or_path = config.model.id
+    model.save_pretrained(str(folder), save_embedding_layers=False)  # LoRA leaves the vocabulary as it is
     processor.save_pretrained(str(folder))
     write_card(folder, config, "adapter", scores)
     compare_adapter(model, folder)
@@ -59,7 +61,9 @@ def load_export(folder: Path | str, config: Config | None = None) -> tuple[Any, 
     """
     folder = Path(folder)
     adapter = folder / "adapter_config.json"
-    name = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else str(folder)
+    name = (
+        json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else str(folder)
+    )
     settings: dict[str, Any] = {"model.id": name}
     if config is None or config.model.load_in == "full":
         settings["model.load_in"] = "16bit"

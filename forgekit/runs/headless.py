@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..config import PARAMETERS, Config, load_config
+from ..config import PARAMETERS, load_config
 from ..environment import set_environment
 from ..errors import ConfigError, RunError
 from ..recipe import find_recipe
@@ -48,11 +48,14 @@ def run_notebook(notebook: Path, recipe: str | None, settings: Mapping[str, Any]
             f"the run's folder {path} cannot be written: {error.strerror}. Set FORGEKIT_RUNS to a folder that can."
         ) from None
     print(f"Run {name}: {notebook.name}, recipe {config.recipe or 'none'}\n        {path}", flush=True)
-    with environment(FORGEKIT_RUN=name, FORGEKIT_RUNS=str(path.parent)):
-        state, failure = execute(notebook, path / "notebook.ipynb", given, config)
-    # the kernel has added settings, scores and exports to run.json in the meantime
-    run.record = read_json(path / "run.json")
-    run.finish(state, failure)
+    state, failure = "failed", "the notebook could not be executed"
+    try:
+        with environment(FORGEKIT_RUN=name, FORGEKIT_RUNS=str(path.parent)):
+            state, failure = execute(notebook, path / "notebook.ipynb", given)
+    finally:
+        # the kernel has added settings, scores and exports to run.json in the meantime
+        run.record = read_json(path / "run.json")
+        run.finish(state, failure)
     if (path / "notebook.ipynb").exists():
         write_html(path / "notebook.ipynb", path / "notebook.html")
     return run
@@ -117,7 +120,7 @@ def environment(**values: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def execute(notebook: Path, output: Path, parameters: dict[str, Any], config: Config) -> tuple[str, str | None]:
+def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> tuple[str, str | None]:
     """Execute with papermill; return the state and, when it failed, the cell and the error in one line."""
     import papermill
     from nbclient.exceptions import DeadKernelError
@@ -128,6 +131,7 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any], config: Co
             str(output),
             parameters=parameters,
             kernel_name="python3",
+            language="python",  # a notebook that was never opened does not say
             progress_bar=False,
             log_output=False,
             stdout_file=sys.stdout,
