@@ -132,7 +132,8 @@ def start_lab(arguments: list[str]) -> int:
     from .environment import set_environment
 
     set_environment()
-    os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", *arguments])
+    root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []  # Jupyter refuses root otherwise
+    os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", *root, *arguments])
 
 
 if __name__ == "__main__":

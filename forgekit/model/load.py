@@ -148,9 +148,6 @@ def load_model(config: Config) -> tuple["PreTrainedModel", Any]:
         raise explain_load_error(config, error) from error
     except NotImplementedError as error:
         raise ModelError(f"Unsloth does not support this here: {error} Set model.engine: huggingface.") from error
-    model.name_or_path = (
-        config.model.id
-    )  # what an adapter's config names as its base: the id, not a path of this machine
     return model, processor
 
 

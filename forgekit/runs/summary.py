@@ -1,5 +1,8 @@
 """What a finished run prints: scores, five answers, where things are, how to open them."""
 
+import shlex
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ def print_summary(run: Run, answers: int = 5) -> None:
     for title, place in find_places(run).items():
         print(f"  {title:<11}{place}")
     if "notebook" in find_places(run):
-        print(f"\nOpen it in JupyterLab:  forgekit lab {quote(run.path / 'notebook.ipynb')}")
+        print(f"\nOpen it in JupyterLab:  {find_command()} lab {shlex.quote(str(run.path / 'notebook.ipynb'))}")
 
 
 def print_scores(before: dict[str, Any], after: dict[str, Any], answers: int) -> None:
@@ -45,8 +48,6 @@ def find_places(run: Run) -> dict[str, Path]:
     return {title: place for title, place in places.items() if place.exists()}
 
 
-def quote(path: Path) -> str:
-    """Quote a path for the shell when it needs it."""
-    import shlex
-
-    return shlex.quote(str(path))
+def find_command() -> str:
+    """Return how this forgekit is called from a shell: its name when that is found, else this Python."""
+    return "forgekit" if shutil.which("forgekit") else f"{shlex.quote(sys.executable)} -m forgekit"
