@@ -6,7 +6,6 @@ import platform
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from .environment import cache_folder, is_writable, set_environment
 from .hardware import GIB, detect_hardware, free_disk, memory_size
@@ -98,7 +97,10 @@ def check_torchvision() -> list[Finding]:
 
 def check_hardware() -> list[Finding]:
     """GPU, number format and memory."""
-    import torch
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a shared library of CUDA is missing
+        return [Finding(BAD, f"torch cannot be imported: {error}", "Reinstall forgekit in a fresh environment.")]
 
     hardware = detect_hardware()
     memory = Finding(
@@ -152,8 +154,11 @@ def check_engines() -> list[Finding]:
 
 def check_folders() -> list[Finding]:
     """Where runs and caches go, and whether there is room."""
-    root, free = find_run_root(None), free_disk(Path.cwd())
-    writable = is_writable(root if root.exists() else Path.cwd())
+    root = find_run_root(None)
+    free, place = free_disk(root), root
+    while not place.exists():  # looking must not make the folder
+        place = place.parent
+    writable = is_writable(place)
     findings = [
         Finding(
             OK if writable else BAD,

@@ -48,7 +48,8 @@ def run_notebook(notebook: Path, recipe: str | None, settings: Mapping[str, Any]
             f"the run's folder {path} cannot be written: {error.strerror}. Set FORGEKIT_RUNS to a folder that can."
         ) from None
     print(f"Run {name}: {notebook.name}, recipe {config.recipe or 'none'}\n        {path}", flush=True)
-    state, failure = "failed", "the notebook could not be executed"
+    state: str = "failed"
+    failure: str | None = "the notebook could not be executed"
     try:
         with environment(FORGEKIT_RUN=name, FORGEKIT_RUNS=str(path.parent)):
             state, failure = execute(notebook, path / "notebook.ipynb", given)
