@@ -407,11 +407,15 @@ def test_doctor_finds_a_folder_of_runs_that_cannot_be_written(monkeypatch: pytes
     assert found["runs"].state == OK
 
 
-def test_lab_starts_jupyterlab_on_this_machine_alone_and_hands_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("user", "root"), [(0, ["--allow-root"]), (1000, [])])
+def test_lab_starts_jupyterlab_on_this_machine_alone_and_hands_options_on(
+    user: int, root: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     started = []
+    monkeypatch.setattr(os, "geteuid", lambda: user)
     monkeypatch.setattr(os, "execv", lambda program, arguments: started.append((program, arguments)))
     main(["lab", "--no-browser", "notebooks"])
-    command = [sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", "--no-browser", "notebooks"]
+    command = [sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", *root, "--no-browser", "notebooks"]
     assert started == [(sys.executable, command)]
 
 
