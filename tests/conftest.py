@@ -113,3 +113,12 @@ def make_config(tiny_folder: Path, orders_file: Path, tmp_path: Path, monkeypatc
         "evaluate.max_new_tokens": 8,
     }
     return lambda settings=None: load_config(None, {**short, **(settings or {})})
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer() -> Any:
+    """A tokenizer with Gemma's special tokens and chat template, in a second; it does for a processor where rows are text."""
+    from forgekit.data.samples.orders import load_orders
+    from forgekit.model.tiny import build_tokenizer
+
+    return build_tokenizer((row["message"] for row in load_orders(300)), text_vocabulary=600)
