@@ -22,7 +22,7 @@ def make_message(role: str, text: str) -> dict[str, Any]:
 def check_example(example: Any) -> Messages:
     """Return an example's messages in the one form. Raises BadRow with what is wrong."""
     if not isinstance(example, Mapping) or not isinstance(example.get("messages"), list | tuple):
-        raise BadRow("no_messages", f"to_example must return {{'messages': [...]}}, not {str(example)[:80]!r}")
+        raise BadRow("no_messages", f"to_example must return {{'messages': [...]}}, not {repr(example)[:80]}")
     messages = [check_message(message) for message in example["messages"]]
     check_order([message["role"] for message in messages])
     for message in messages:
@@ -34,7 +34,7 @@ def check_example(example: Any) -> Messages:
 def check_message(message: Any) -> dict[str, Any]:
     """Return one turn with a known role and a list of parts."""
     if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-        raise BadRow("wrong_type", f"a turn is {{'role': ..., 'content': ...}}, not {str(message)[:80]!r}")
+        raise BadRow("wrong_type", f"a turn is {{'role': ..., 'content': ...}}, not {repr(message)[:80]}")
     role = ROLES.get(message["role"]) if isinstance(message["role"], str) else None
     if role is None:
         raise BadRow("unknown_role", f"role {message['role']!r}; known are {', '.join(ROLES)}")
@@ -48,7 +48,7 @@ def check_message(message: Any) -> dict[str, Any]:
 def check_part(part: Any) -> dict[str, Any]:
     """Return one part of a turn; Arrow's None for keys that other parts have is taken away."""
     if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
-        raise BadRow("wrong_type", f"a part is {{'type': 'text', 'text': ...}}, not {str(part)[:80]!r}")
+        raise BadRow("wrong_type", f"a part is {{'type': 'text', 'text': ...}}, not {repr(part)[:80]}")
     if part["type"] != "text":
         raise BadRow("unknown_part", f"a part of type {part['type']!r}; this version reads text")
     if not isinstance(part.get("text"), str):
