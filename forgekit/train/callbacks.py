@@ -8,9 +8,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
-from ..run_folder import Run, now, write_json
+from ..errors import ModelError
+from ..run_folder import Run, finite, now, write_json
 
 FIGURE_SECONDS = 0.25  # at most four drawings a second
 STATUS_SECONDS = 1.0
@@ -60,10 +61,10 @@ class RunLog(TrainerCallback):
         self.step_seconds.append(time.monotonic() - self.step_started)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Write one line for a step, or for a score on held-out rows."""
+        """Write one line for a step, or for a score on held-out rows. Raises ModelError when the loss is not finite."""
         logs = dict(logs or {})
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, "time": now(), **logs}, default=str) + "\n")
+            file.write(json.dumps(finite({"step": state.global_step, "time": now(), **logs}), default=str) + "\n")
         if "eval_loss" in logs:
             self.scores.append((state.global_step, logs["eval_loss"]))
             self.write(f"step {state.global_step:>5}/{state.max_steps}  held-out loss {logs['eval_loss']:.4f}")
@@ -76,10 +77,14 @@ class RunLog(TrainerCallback):
                 f"gradient {float(logs.get('grad_norm', math.nan)):.3f}  {self.clock.seconds():.0f} s, {eta or 0:.0f} s left"
             )
             if not math.isfinite(loss):
-                self.write(
-                    "The loss is not finite. Lower train.learning_rate; in float16 set model.dtype: bfloat16 or float32."
+                # an error and not a quiet stop: the weights are lost, and nothing behind may score or export them
+                problem = (
+                    f"The loss is {loss} at step {state.global_step}, so training stopped. Lower train.learning_rate; "
+                    "in float16 set model.dtype: bfloat16 or float32."
                 )
-                control.should_training_stop = True
+                self.write(problem)
+                self.on_train_end(args, state, control)
+                raise ModelError(problem)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write metrics/training-stats.json."""
@@ -122,10 +127,11 @@ class StatusFile(TrainerCallback):
     def __init__(self, run: Run, extra: str | None = None):
         self.paths = [run.path / "status.json", *([Path(extra)] if extra else [])]
         self.status: dict[str, Any] = {}
-        self.clock, self.written = Clock(), -math.inf
+        self.clock, self.written, self.state = Clock(), -math.inf, TrainerState()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Say that training runs."""
+        self.state = state
         self.clock = Clock()
         self.clock.first_step = state.global_step
         self.status = {"started_at": now(), "checkpoint_at": None, "error": None, "loss": None, "learning_rate": None}
@@ -149,6 +155,11 @@ class StatusFile(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Say that training is over."""
         self.write(state, running=False)
+
+    def fail(self, error: BaseException) -> None:
+        """Say that training ended by an error; transformers calls no callback then."""
+        self.status["error"] = f"{type(error).__name__}: {error}"
+        self.write(self.state, running=False)
 
     def write(self, state: Any, running: bool) -> None:
         """Write the file in every place."""

@@ -1,5 +1,6 @@
 """Supervised fine-tuning with TRL's SFTTrainer, set up from a Config."""
 
+import functools
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
     from trl import SFTConfig, SFTTrainer
 
 
+# Unsloth compiles again for each new batch shape: with rows padded only to the longest of their batch, its first step of
+# four batches took 271 s on an H200 (benchmarks/README.md)
+GPU_MULTIPLE = 64
+
+
 def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config, run: Run) -> "SFTTrainer":
     """Return TRL's SFTTrainer, ready for `.train()`: our collator, held-out loss, checkpoints, log, status and curve.
 
@@ -23,14 +29,16 @@ def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config,
         data: from `load_data`; "validation" is scored every `train.eval_steps`.
         run: from `start_run`; everything is written below its folder.
 
-    Raises ConfigError when a setting names something that transformers does not know.
+    Raises ConfigError when a setting names something that transformers does not know; `.train()` raises ModelError when
+    the loss is no longer finite.
     """
     engine = start_engine(config)
     from transformers import EarlyStoppingCallback
 
     from .callbacks import LiveCurve, RunLog, StatusFile  # they subclass transformers' own, so the engine comes first
 
-    callbacks: list[Any] = [RunLog(run), StatusFile(run, config.train.status_file)]
+    status = StatusFile(run, config.train.status_file)
+    callbacks: list[Any] = [RunLog(run), status]
     if in_notebook():
         callbacks.append(LiveCurve())
     if config.train.early_stopping:
@@ -40,12 +48,39 @@ def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config,
         args=make_arguments(config, engine, run),
         train_dataset=data["train"],
         eval_dataset=data["validation"] if config.train.eval_steps else None,
-        data_collator=Collator(processor),
+        data_collator=Collator(processor, GPU_MULTIPLE if choose_device(config) == "cuda" else 1),
         processing_class=processor,
         callbacks=callbacks,
     )
+    if engine == "huggingface":
+        weigh_tokens_alike(trainer)
     remove_default_output(trainer)
+    report_failure(trainer, status)
     return trainer
+
+
+def weigh_tokens_alike(trainer: Any) -> None:
+    """Divide the loss by all learned tokens of an optimiser step, however they are spread over accumulated batches.
+
+    transformers' Gemma 3n declares `accepts_loss_kwargs = False`, after which Trainer takes the mean of the batches' means,
+    and a token in a batch of short answers weighs more. Its forward does take `num_items_in_batch`.
+    """
+    trainer.model_accepts_loss_kwargs = True
+
+
+def report_failure(trainer: Any, status: Any) -> None:
+    """Let `trainer.train` tell status.json when it ends by an error, Ctrl-C included, before the error goes on."""
+    train = trainer.train
+
+    @functools.wraps(train)
+    def train_and_report(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return train(*args, **kwargs)
+        except BaseException as error:
+            status.fail(error)
+            raise
+
+    trainer.train = train_and_report
 
 
 def choose_trainer(config: Config, engine: str) -> "type[SFTTrainer]":
