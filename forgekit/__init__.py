@@ -10,15 +10,39 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # the table of contents, in order of flow
     # settings and the run's folder
-    from .adapter.lora import add_adapter as add_adapter
-    from .adapter.lora import count_trainable as count_trainable
     from .config import Config as Config
     from .config import load_config as load_config
+    from .run_folder import Run as Run
+    from .run_folder import start_run as start_run
 
     # data
+    from .model.load import load_processor as load_processor
     from .data.load import load_data as load_data
     from .data.show import show_example as show_example
     from .data.show import show_labels as show_labels
+
+    # model
+    from .model.load import load_model as load_model
+    from .model.load import start_engine as start_engine
+
+    # adapter
+    from .adapter.lora import add_adapter as add_adapter
+    from .adapter.lora import count_trainable as count_trainable
+
+    # train
+    from .train.sft import sft_trainer as sft_trainer
+
+    # evaluate
+    from .evaluate.scores import Scores as Scores
+    from .evaluate.scores import compare_scores as compare_scores
+    from .evaluate.scores import evaluate_model as evaluate_model
+    from .evaluate.scores import show_answers as show_answers
+    from .evaluate.generate import generate_answer as generate_answer
+    from .evaluate.generate import generate_answers as generate_answers
+
+    # export
+    from .export.model import export_model as export_model
+    from .export.adapter import load_export as load_export
 
     # what goes wrong
     from .errors import ConfigError as ConfigError
@@ -27,22 +51,6 @@ if TYPE_CHECKING:  # the table of contents, in order of flow
     from .errors import ForgekitError as ForgekitError
     from .errors import ModelError as ModelError
     from .errors import RunError as RunError
-
-    # evaluate
-    from .evaluate.generate import generate_answer as generate_answer
-    from .evaluate.generate import generate_answers as generate_answers
-    from .evaluate.scores import Scores as Scores
-    from .evaluate.scores import compare_scores as compare_scores
-    from .evaluate.scores import evaluate_model as evaluate_model
-    from .evaluate.scores import show_answers as show_answers
-    from .export.adapter import load_export as load_export
-    from .export.model import export_model as export_model
-    from .model.load import load_model as load_model
-    from .model.load import load_processor as load_processor
-    from .model.load import start_engine as start_engine
-    from .run_folder import Run as Run
-    from .run_folder import start_run as start_run
-    from .train.sft import sft_trainer as sft_trainer
 
 # public name -> module, in order of flow; resolved when first used
 CONTENTS = {

@@ -1,0 +1,113 @@
+"""What README.md says is so: its commands run, its tree is the tree, its recipes, settings and messages exist."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from forgekit.__main__ import read_assignments
+from forgekit.config import NAMES, load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.strip().splitlines()]
+SOURCES = "\n".join(file.read_text(encoding="utf-8") for file in (ROOT / "forgekit").rglob("*.py"))
+
+
+def find_command(start: str) -> list[str]:
+    """Return the README's one command that starts so, split as a shell splits it."""
+    (command,) = [command for command in COMMANDS if command.startswith(start)]
+    return shlex.split(command)
+
+
+def run_module(arguments: list[str], runs: Path) -> subprocess.CompletedProcess:
+    """Run `python -m ...` from the root of the tree."""
+    variables = {**os.environ, "FORGEKIT_RUNS": str(runs)}
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_every_command_is_known_to_these_tests():
+    starts = (
+        "make demo",
+        "make test",
+        "forgekit run notebooks/01_text.ipynb --set adaptor",
+        "papermill ",
+        "forgekit run notebooks/01_text.ipynb --recipe",
+    )
+    assert [c for c in COMMANDS if not c.startswith(starts)] == []
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"`?make (\w+)`?", README):
+        assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_the_misspelt_setting_gets_the_sentence_shown(tmp_path):
+    done = run_module(find_command("forgekit run notebooks/01_text.ipynb --set adaptor"), tmp_path)
+    sentence = re.search(r"says `(adaptor\.r.*?)` and exits", README).group(1)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_headless_example_has_valid_settings():
+    words = find_command("forgekit run notebooks/01_text.ipynb --recipe")
+    recipe, sets = words[words.index("--recipe") + 1], words[words.index("--set") + 1 : words.index("--name")]
+    config = load_config(ROOT / recipe, read_assignments(sets))
+    assert (config.train.max_steps, config.adapter.r) == (200, 32)
+
+
+def test_the_papermill_example_runs(tmp_path):
+    words = find_command("papermill ")
+    words[words.index("out.ipynb")] = str(tmp_path / "out.ipynb")
+    done = run_module(words, tmp_path / "runs")
+    assert done.returncode == 0, done.stderr[-2000:]
+    (run,) = (tmp_path / "runs").iterdir()
+    assert (run / "models" / "lora" / "adapter_model.safetensors").is_file()
+
+
+def test_recipes_are_listed_with_their_first_line():
+    listed = dict(re.findall(r"^\| `(params/[\w/]+\.yaml)` \| (.*?) \|$", README, re.M))
+    first = {
+        str(f.relative_to(ROOT)): f.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        for f in (ROOT / "params").rglob("*.yaml")
+    }
+    assert listed == first
+
+
+def test_the_tree_lists_every_module():
+    tree = README.split("## The tree")[1].split("```")[1]
+    listed = set(re.findall(r"^  ([\w/]+\.py) ", tree, re.M))
+    package = ROOT / "forgekit"
+    modules = {str(f.relative_to(package)) for f in package.rglob("*.py") if f.name != "__init__.py"} | {"__init__.py"}
+    assert listed == {m for m in modules if not m.startswith(("data/samples/", "_project/"))}
+    for folder in re.findall(r"^  ([\w/]+/) ", tree, re.M):
+        assert (package / folder).is_dir(), folder
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(re.findall(r"`((?:data|model|adapter|train|evaluate|export)\.[a-z_]+)", README)))
+)
+def test_settings_named_exist(name):
+    assert name in NAMES
+
+
+@pytest.mark.parametrize(
+    "words", ["The loss is ", "was imported before unsloth", "float16 overflows in Gemma 3n", "needs an NVIDIA GPU"]
+)
+def test_messages_in_the_table_are_the_package_s(words):
+    assert words in README
+    assert words in SOURCES
+
+
+def test_pictures_exist_and_say_what_they_show():
+    for text, place in re.findall(r"!\[(.*?)\]\((.*?)\)", README):
+        assert len(text) > 20
+        assert (ROOT / place).is_file(), place
