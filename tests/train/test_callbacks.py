@@ -1,0 +1,161 @@
+"""What a run says while it trains: status.json, training.log, metrics.jsonl, and a loss that is no number."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forgekit import add_adapter, load_data, load_model, sft_trainer, start_run
+from forgekit.errors import ModelError
+from forgekit.run_folder import Run, read_json
+
+FIELDS = {
+    "running", "step", "total_steps", "epoch", "total_epochs", "loss", "learning_rate", "eta_seconds", "started_at",
+    "checkpoint_at", "error",
+}  # fmt: skip
+
+
+def make_trainer(config: Any) -> tuple[Any, Run]:
+    model, processor = load_model(config)
+    run = start_run(config, "run")
+    return sft_trainer(add_adapter(model, config), processor, load_data(config, processor), config, run), run
+
+
+def watch(trainer: Any, path: Path) -> list[dict[str, Any]]:
+    """Return a list that holds, after training, what a reader of status.json saw at the end of each step."""
+    from transformers import TrainerCallback
+
+    seen: list[dict[str, Any]] = []
+
+    class Watcher(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append(read_json(path))
+
+    trainer.add_callback(Watcher())
+    return seen
+
+
+@pytest.fixture
+def trained(make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Run, Any, list[Any], Path]:
+    """A run of four steps with a score after each second one, its files and what status.json said meanwhile."""
+    monkeypatch.setattr("forgekit.train.callbacks.STATUS_SECONDS", 0.0)
+    extra = tmp_path / "elsewhere" / "status.json"
+    config = make_config(
+        {
+            "train.max_steps": 4,
+            "train.eval_steps": 2,
+            "data.validation": 8,
+            "train.status_file": str(extra),
+        }
+    )
+    trainer, run = make_trainer(config)
+    seen = watch(trainer, run.path / "status.json")
+    trainer.train()
+    return run, trainer, seen, extra
+
+
+def test_status_is_written_during_training_and_says_when_it_is_over(trained: Any) -> None:
+    run, _, seen, extra = trained
+    assert [(status["running"], status["step"]) for status in seen] == [(True, 1), (True, 2), (True, 3), (True, 4)]
+    assert all(status.keys() >= FIELDS for status in seen)
+    assert [status["checkpoint_at"] for status in seen] == [None, None, 2, 2]
+    assert seen[0]["loss"] is None and seen[1]["loss"] > 0 and seen[1]["eta_seconds"] > 0
+    last = read_json(run.path / "status.json")
+    assert (last["running"], last["step"], last["total_steps"], last["checkpoint_at"]) == (False, 4, 4, 4)
+    assert last["error"] is None and last["eta_seconds"] == 0
+    assert read_json(extra) == last
+
+
+def test_log_has_one_line_a_step_and_one_a_score(trained: Any) -> None:
+    run, trainer, _, _ = trained
+    lines = (run.path / "logs" / "training.log").read_text().splitlines()
+    assert "training starts at step 0 of 4" in lines[0] and "training ends after step 4" in lines[-1]
+    steps = [line for line in lines if line.startswith("step") and "held-out" not in line]
+    scores = [line for line in lines if "held-out loss" in line]
+    assert [line.split()[1] for line in steps] == ["1/4", "2/4", "3/4", "4/4"]
+    assert [line.split()[1] for line in scores] == ["2/4", "4/4"]
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert [line.split()[3] for line in steps] == [f"{loss:.4f}" for loss in logged]
+    assert len(lines) == 8
+
+
+def test_metrics_hold_every_figure_as_json_lines(trained: Any) -> None:
+    run, trainer, _, _ = trained
+    rows = [json.loads(line) for line in (run.path / "logs" / "metrics.jsonl").read_text().splitlines()]
+    for key in ("loss", "eval_loss", "grad_norm", "learning_rate"):
+        expected = [(entry["step"], entry[key]) for entry in trainer.state.log_history if key in entry]
+        assert expected and [(row["step"], row[key]) for row in rows if key in row] == expected
+
+
+def test_stats_are_those_of_the_run(trained: Any) -> None:
+    run, trainer, _, _ = trained
+    stats = read_json(run.path / "metrics" / "training-stats.json")
+    losses = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
+    scores = [[entry["step"], entry["eval_loss"]] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert stats["losses"] == losses and stats["held_out_losses"] == scores
+    assert (stats["steps"], stats["first_loss"], stats["last_loss"]) == (4, losses[0][1], losses[-1][1])
+    assert stats["best_held_out_loss"] == min(score for _, score in scores)
+    assert read_json(run.path / "run.json")["training"]["steps"] == 4
+
+
+def test_logging_steps_thins_the_log(make_config: Any) -> None:
+    trainer, run = make_trainer(make_config({"train.max_steps": 4, "train.logging_steps": 2}))
+    trainer.train()
+    lines = (run.path / "logs" / "training.log").read_text().splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("step")] == ["2/4", "4/4"]
+
+
+def test_a_loss_that_is_no_number_stops_training_and_is_said_everywhere(
+    make_config: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer, run = make_trainer(make_config({"train.max_steps": 20}))
+    name, weight = next((n, p) for n, p in trainer.model.named_parameters() if "lora_B" in n)
+    weight.data.fill_(float("nan"))
+    with pytest.raises(ModelError, match=r"The loss is nan at step 1, .* Lower train\.learning_rate"):
+        trainer.train()
+    assert trainer.state.global_step == 1, name
+    status = read_json(run.path / "status.json")
+    assert status["running"] is False and status["error"].startswith("ModelError: The loss is nan at step 1")
+    assert "loss nan" in (run.path / "logs" / "training.log").read_text()
+    assert "loss nan" in (printed := capsys.readouterr().out) and "loss 0.0000" not in printed
+    (row,) = [json.loads(line) for line in (run.path / "logs" / "metrics.jsonl").read_text().splitlines()]
+    assert row["loss"] is None  # JSON has no NaN, and 0.0 would be a lie
+    assert read_json(run.path / "metrics" / "training-stats.json")["steps"] == 1
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")])
+def test_status_tells_of_an_error_and_the_error_goes_on(make_config: Any, error: BaseException) -> None:
+    trainer, run = make_trainer(make_config())
+    collator = trainer.data_collator
+
+    def fail_at_the_second_batch(examples: list[Any], batches: list[int] = []) -> Any:  # noqa: B006  # counts the calls
+        batches.append(1)
+        if len(batches) > 4:
+            raise error
+        return collator(examples)
+
+    trainer.data_collator = fail_at_the_second_batch
+    with pytest.raises(type(error)):
+        trainer.train()
+    status = read_json(run.path / "status.json")
+    assert status["running"] is False and status["error"] == f"{type(error).__name__}: {error}"
+
+
+def test_the_curve_ends_with_a_sentence(make_config: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from forgekit.train import callbacks
+
+    shown = []
+
+    class Handle:
+        def update(self, figure: Any) -> None:
+            shown.append(figure)
+
+    monkeypatch.setattr("IPython.display.display", lambda figure, display_id: Handle())
+    trainer, _ = make_trainer(make_config({"train.max_steps": 3}))
+    trainer.add_callback(callbacks.LiveCurve())
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert f"Loss curve: from {losses[0]:.3f} at step 1 to {losses[-1]:.3f} at step 3" in capsys.readouterr().out
+    (line,) = shown[-1].axes[0].lines
+    assert line.get_ydata() == pytest.approx(losses)
