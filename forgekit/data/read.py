@@ -136,19 +136,23 @@ def read_file(path: Path, quarantine: Quarantine) -> "Dataset":
 
 def read_table(path: Path) -> "Dataset":
     """Read a parquet or Arrow file. Raises DataError when it is none, half of one, or has no rows."""
-    import pyarrow
+    import pyarrow.parquet
     from datasets import Dataset
     from datasets.exceptions import DatasetGenerationError
 
+    kind = TABLE_FILES[path.suffix.lower()]
     try:
-        table = Dataset.from_parquet(str(path)) if path.suffix.lower() == ".parquet" else Dataset.from_file(str(path))
+        if kind == "arrow":
+            table = Dataset.from_file(str(path))
+        elif pyarrow.parquet.read_metadata(path).num_rows:
+            table = Dataset.from_parquet(str(path))
+        else:  # datasets fails on such a file
+            table = Dataset.from_dict({})
     except (DatasetGenerationError, pyarrow.ArrowException) as error:
-        why = str(error.__cause__ or error).splitlines()[0]
-        raise DataError(
-            f"{path} is no whole {TABLE_FILES[path.suffix.lower()]} file: {why} Write or fetch it again."
-        ) from error
+        why = str(error.__cause__ or error).splitlines()[0].rstrip(".")
+        raise DataError(f"{path} is no whole {kind} file: {why}. Write or fetch it again.") from error
     if len(table) == 0:
-        raise DataError(f"{path} holds no rows.")
+        raise DataError(f"{path} holds no rows. Name another file.")
     return table
 
 
@@ -163,7 +167,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]
 def parse_row(line: bytes) -> dict[str, Any] | BadRow:
     """Parse one line of JSON, or say why it is no row."""
     try:
-        text = line.decode("utf-8-sig")
+        text = line.decode("utf-8-sig").rstrip("\r\n")  # a cut line then names a column of its own, not of the next
         row = json.loads(text)
     except UnicodeDecodeError as error:
         return BadRow("not_utf8", f"byte {error.start} is not UTF-8")
