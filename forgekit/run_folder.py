@@ -112,7 +112,13 @@ class Run:
             self._lock = None
 
     def __repr__(self) -> str:
-        return f"Run({self.path}, {self.record.get('state')})"
+        return f"Run({shorten_path(self.path)}, {self.record.get('state')})"
+
+
+def shorten_path(path: Path) -> str:
+    """Return a path as a notebook shows it: from the current folder when it stands below it or beside it, else whole."""
+    here = Path.cwd()
+    return os.path.relpath(path, here) if path.is_relative_to(here.parent) else str(path)
 
 
 def find_run_root(recipe: Path | None) -> Path:

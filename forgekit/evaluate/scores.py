@@ -1,7 +1,6 @@
 """Scores on held-out rows: what the model answers, how many answers are right, and how probable the right ones are to it."""
 
 import contextlib
-import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -67,11 +66,14 @@ def evaluate_model(model: Any, processor: Any, dataset: "Dataset", config: Confi
 
 
 def answer_rows(model: Any, processor: Any, chats: list[Any], config: Config) -> list[str]:
-    """Answer every chat, those of similar length together, with a progress line every two seconds."""
+    """Answer every chat, those of similar length together, with at most ten lines of progress.
+
+    The lines depend on the rows and not on the clock, so a notebook prints the same ones on every machine.
+    """
     order = sorted(range(len(chats)), key=lambda i: len(str(chats[i])))
     size = config.evaluate.per_device_eval_batch_size
     answers = [""] * len(chats)
-    shown = time.monotonic()
+    shown = 0
     for start in range(0, len(order), size):
         some = order[start : start + size]
         for i, answer in zip(
@@ -80,9 +82,10 @@ def answer_rows(model: Any, processor: Any, chats: list[Any], config: Config) ->
             strict=True,
         ):
             answers[i] = answer
-        if time.monotonic() - shown > 2:
-            print(f"Answered {start + len(some)} of {len(chats)} rows", file=sys.stderr, flush=True)
-            shown = time.monotonic()
+        done = start + len(some)
+        if done - shown >= len(chats) / 10 and done < len(chats):
+            print(f"Answered {done} of {len(chats)} rows", flush=True)
+            shown = done
     return answers
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import Config
 from ..errors import ExportError
 from ..hardware import GIB, free_disk
-from ..model.load import find_model
+from ..model.load import find_model, hide_progress_bars
 from .card import write_card
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ def export_merged(
 
     if not isinstance(model, PeftModel):  # full fine-tuning: the weights in memory are the model
         check_space(sum(p.numel() * p.element_size() for p in model.parameters()), folder)
-        model.save_pretrained(str(folder))
+        with hide_progress_bars():
+            model.save_pretrained(str(folder))
     else:
         merge_shards(model, find_base(config), folder)
     processor.save_pretrained(str(folder))

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config
-from ..run_folder import Run
+from ..run_folder import Run, shorten_path
 from .adapter import export_adapter
 from .merged import export_merged
 
@@ -27,6 +27,6 @@ def export_model(
         place, write = FORMATS[name]
         written[name] = write(model, processor, config, run.path / place, scores)
         size = sum(file.stat().st_size for file in written[name].rglob("*") if file.is_file())
-        print(f"{name}: {written[name]} ({size / 1e6:.1f} MB)")
+        print(f"{name}: {shorten_path(written[name])} ({size / 1e6:.1f} MB)")
         run.update(exports={name: str(path.relative_to(run.path)) for name, path in written.items()})
     return written

@@ -1,8 +1,10 @@
 """Weights and processor from a Hub id or a folder, through Unsloth or transformers, returned as transformers' own objects."""
 
+import contextlib
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +59,21 @@ def quiet_libraries() -> None:
     """Silence warnings that libraries give about each other while they are imported and that no user can act on."""
     for name in ("torch.utils._pytree", "bitsandbytes.backends.cpu.ops", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def hide_progress_bars() -> Iterator[None]:
+    """Hide transformers' bars for reading and writing weights: each is a widget, whose state is saved with the notebook.
+
+    The Hub's bars stay, because a download takes minutes.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.set_tqdm_hook(lambda bar, args, kwargs: bar(*args, **{**kwargs, "disable": True}))
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(before)
 
 
 def find_model(config: Config) -> str:
@@ -143,7 +160,8 @@ def load_model(config: Config) -> tuple["PreTrainedModel", Any]:
         f"Loading {config.model.id}: {engine}, {config.model.load_in}, {str(dtype).removeprefix('torch.')}, {detect_hardware()}"
     )
     try:
-        model = load_unsloth(config, name, dtype) if engine == "unsloth" else load_transformers(config, name, dtype)
+        with hide_progress_bars():
+            model = load_unsloth(config, name, dtype) if engine == "unsloth" else load_transformers(config, name, dtype)
     except (OSError, ValueError, SafetensorError) as error:
         raise explain_load_error(config, error) from error
     except NotImplementedError as error:

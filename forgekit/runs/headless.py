@@ -138,6 +138,7 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> tuple[s
             stdout_file=sys.stdout,
             stderr_file=sys.stderr,
             cwd=str(notebook.parent.absolute()),
+            config=encrypt_connection(),
         )
     except papermill.PapermillExecutionError as error:
         return "failed", " ".join(f"cell {error.exec_count}: {error.ename}: {error.evalue}".split())
@@ -146,6 +147,18 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> tuple[s
     except KeyboardInterrupt:
         return "stopped", "interrupted from the keyboard"
     return DONE, None
+
+
+def encrypt_connection() -> Any:
+    """Return traitlets' Config that lets the kernel encrypt its connection; without it the kernel warns that it does not.
+
+    An older jupyter_client knows neither the setting nor the warning.
+    """
+    from jupyter_client import KernelManager
+    from traitlets.config import Config as Traits
+
+    known = "transport_encryption" in KernelManager.class_trait_names()
+    return Traits({"KernelManager": {"transport_encryption": "auto"}} if known else {})
 
 
 def write_html(notebook: Path, html: Path) -> None:
