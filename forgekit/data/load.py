@@ -128,17 +128,18 @@ def check_table(
 def convert_row(to_example: ToExample, row: dict[str, Any], source: str) -> Messages:
     """Convert one row; a mistake in the user's to_example names the row that showed it."""
     try:
-        return check_example(to_example(row))
+        example = to_example(row)
     except BadRow:
         raise
     except KeyError as error:
         raise DataError(
             f"to_example needs the column {error}, which the row at {source} does not have. It has: {', '.join(row)}."
         ) from error
-    except (TypeError, ValueError, AttributeError, IndexError) as error:
+    except Exception as error:  # it is the user's function, so anything can be wrong in it
         raise DataError(
             f"to_example failed on the row at {source}: {type(error).__name__}: {error}. The row: {str(row)[:200]}"
         ) from error
+    return check_example(example)
 
 
 def cut_splits(config: "Config", tables: dict[str, "Dataset"], hashes: dict[str, list[str]]) -> dict[str, "Dataset"]:
