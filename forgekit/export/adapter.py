@@ -58,7 +58,8 @@ def load_export(folder: Path | str, config: Config | None = None) -> tuple[Any, 
         folder: models/lora (its base is loaded by the name in adapter_config.json) or models/merged.
         config: says engine, precision and device, as in training; None: the defaults, in 16 bit.
 
-    Returns (model, processor), ready for `generate_answer`.
+    Returns (model, processor), ready for `generate_answer`. Raises ExportError when the file holds other tensors than the
+    adapter that its config describes: PEFT alone leaves missing ones at zero and only warns.
     """
     folder = Path(folder)
     adapter = folder / "adapter_config.json"
@@ -73,4 +74,5 @@ def load_export(folder: Path | str, config: Config | None = None) -> tuple[Any, 
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(folder))
+        compare_adapter(model, folder)
     return model, processor

@@ -1,0 +1,160 @@
+"""The exported adapter is the trained one: reloaded by forgekit and by PEFT alone it gives the same logits."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forgekit import load_export, load_model
+from forgekit.data.collate import render_chat
+from forgekit.data.messages import make_message
+from forgekit.errors import ExportError
+from forgekit.export.adapter import compare_adapter, export_adapter
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"adapter.use_rslora": True},
+    "dora": {"adapter.use_dora": True},
+}
+PEFT_ALONE = """
+import json, sys
+import torch
+from peft import PeftModel
+from transformers import AutoProcessor, Gemma3nForConditionalGeneration
+ids, folders, out = torch.tensor([json.loads(sys.argv[1])]), sys.argv[3:], {}
+for folder in folders:
+    base = json.load(open(folder + "/adapter_config.json"))["base_model_name_or_path"]
+    model = PeftModel.from_pretrained(Gemma3nForConditionalGeneration.from_pretrained(base, dtype=torch.float32), folder)
+    AutoProcessor.from_pretrained(folder)
+    with torch.no_grad():
+        out[folder] = model.eval()(input_ids=ids, use_cache=False).logits
+torch.save(out, sys.argv[2])
+assert not [name for name in sys.modules if name.startswith("forgekit")]
+"""
+
+
+def check_same(expected: Any, logits: Any) -> None:
+    assert expected.shape == logits.shape and (expected - logits).abs().max() < 1e-5
+
+
+def test_peft_alone_in_a_fresh_process_gives_the_same_logits(make_learned: Any, tmp_path: Path) -> None:
+    import torch
+
+    ids, expected = [2, 4, 20, 30, 40, 50, 60, 5], {}
+    for name, settings in VARIANTS.items():
+        model, processor, config = make_learned(settings)
+        folder = str(export_adapter(model, processor, config, tmp_path / "models" / name))
+        with torch.no_grad():
+            expected[folder] = model(input_ids=torch.tensor([ids]), use_cache=False).logits
+            with model.disable_adapter():
+                base = model(input_ids=torch.tensor([ids]), use_cache=False).logits
+        assert (expected[folder] - base).abs().max() > 0.1  # the adapter says something
+    out = tmp_path / "logits.pt"
+    command = [sys.executable, "-c", PEFT_ALONE, json.dumps(ids), str(out), *expected]
+    subprocess.run(command, check=True, timeout=200, cwd=tmp_path)
+    found = torch.load(out)
+    for folder, logits in expected.items():
+        check_same(logits, found[folder])
+
+
+@pytest.fixture
+def exported(make_learned: Any, read_logits: Any, tmp_path: Path) -> tuple[Path, Any, Any]:
+    """An exported adapter, its config, and the logits of the model it was exported from."""
+    model, processor, config = make_learned({"adapter.layers": ["attention", "mlp", "vision", "audio"]})
+    return export_adapter(model, processor, config, tmp_path / "models" / "lora"), config, read_logits(model, processor)
+
+
+def test_load_export_gives_the_same_logits(exported: Any, read_logits: Any) -> None:
+    folder, config, expected = exported
+    check_same(expected, read_logits(*load_export(folder, config)))
+
+
+def test_load_export_needs_no_config(exported: Any, read_logits: Any) -> None:
+    folder, _, expected = exported
+    check_same(expected, read_logits(*load_export(folder)))
+
+
+def forget_adapter(model: Any) -> None:
+    model.base_model.disable_adapter_layers()
+
+
+def zero_one_matrix(model: Any) -> None:
+    next(p for name, p in model.named_parameters() if "layers.1.self_attn.q_proj.lora_B" in name).data.zero_()
+
+
+def swap_two_matrices(model: Any) -> None:
+    names = [f"layers.{number}.mlp.up_proj.lora_A" for number in (0, 1)]
+    first, second = (next(p for n, p in model.named_parameters() if name in n) for name in names)
+    first.data, second.data = second.data.clone(), first.data.clone()
+
+
+@pytest.mark.parametrize("mutant", [forget_adapter, zero_one_matrix, swap_two_matrices])
+def test_a_damaged_adapter_turns_the_comparison_of_logits_red(exported: Any, read_logits: Any, mutant: Any) -> None:
+    folder, config, expected = exported
+    model, processor = load_export(folder, config)
+    mutant(model)
+    with pytest.raises(AssertionError):
+        check_same(expected, read_logits(model, processor))
+
+
+def test_the_base_alone_turns_the_comparison_of_logits_red(exported: Any, read_logits: Any) -> None:
+    _, config, expected = exported
+    with pytest.raises(AssertionError):
+        check_same(expected, read_logits(*load_model(config)))
+
+
+def check_template(folder: Path, processor: Any) -> None:
+    from transformers import AutoProcessor
+
+    chat = [make_message("system", "Be brief."), make_message("user", "1?"), make_message("assistant", "2")]
+    assert render_chat(chat, AutoProcessor.from_pretrained(folder)) == render_chat(chat, processor)
+
+
+def test_the_export_holds_the_template_and_another_one_turns_the_check_red(exported: Any) -> None:
+    folder, config, _ = exported
+    _, processor = load_model(config)
+    check_template(folder, processor)
+    file = folder / "chat_template.jinja"
+    file.write_text(file.read_text().replace("<start_of_turn>", "<turn>"))
+    with pytest.raises(AssertionError):
+        check_template(folder, processor)
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def test_a_missing_tensor_is_refused_when_the_export_is_loaded(exported: Any) -> None:
+    folder, config, _ = exported
+    rewrite(folder, lambda tensors: tensors.pop(sorted(tensors)[-1]))
+    with pytest.raises(ExportError, match="1 tensors are missing or unexpected, for instance base_model"):
+        load_export(folder, config)
+
+
+def test_an_unknown_tensor_is_refused_when_the_export_is_loaded(exported: Any) -> None:
+    folder, config, _ = exported
+    rewrite(folder, lambda tensors: tensors.update({"base_model.model.other.lora_A.weight": next(iter(tensors.values())).clone()}))  # fmt: skip
+    with pytest.raises(ExportError, match="1 tensors are missing or unexpected"):
+        load_export(folder, config)
+
+
+def test_a_file_that_differs_from_the_model_in_memory_is_refused(make_learned: Any, tmp_path: Path) -> None:
+    model, processor, config = make_learned()
+    folder = export_adapter(model, processor, config, tmp_path / "models" / "lora")
+    rewrite(folder, lambda tensors: tensors[sorted(tensors)[0]].flatten()[0].add_(1e-6))
+    with pytest.raises(ExportError, match="1 tensors differ from the trained ones"):
+        compare_adapter(model, folder)
+
+
+def test_a_model_without_an_adapter_has_none_to_export(make_config: Any, tmp_path: Path) -> None:
+    config = make_config({"model.load_in": "full", "export.formats": ["merged"]})
+    with pytest.raises(ExportError, match="The model has no adapter .* export merged instead"):
+        export_adapter(*load_model(config), config, tmp_path / "lora")
