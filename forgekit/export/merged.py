@@ -63,7 +63,8 @@ def check_space(needed: int, folder: Path) -> None:
     free = free_disk(folder)
     if needed * 1.01 > free:
         raise ExportError(
-            f"{folder}: the export needs {needed / GIB:.2f} GiB ({needed:,} bytes) and the disk has {free / GIB:.2f} GiB ({free:,} bytes) free."
+            f"{folder}: the export needs {needed / GIB:.2f} GiB ({needed:,} bytes) and the disk has {free / GIB:.2f} GiB ({free:,} bytes) free. "
+            "Free some space and call export_model again; what was written before stays."
         )
 
 
