@@ -55,13 +55,15 @@ class Config(Section):
         """Return the settings as a table (setting, value, origin, help); `changed` keeps those that differ from the defaults."""
         import pandas
 
+        from .table import Table
+
         fields = {f"{s}.{n}": f for s, section in SECTIONS.items() for n, f in section.model_fields.items()}
         rows = [
             (name, value, self.origin(name), fields[name].description)
             for name, value in flatten(self.model_dump()).items()
             if not changed or self.origin(name) != "default"
         ]
-        return pandas.DataFrame(rows, columns=["setting", "value", "from", "meaning"]).set_index("setting")
+        return Table(pandas.DataFrame(rows, columns=["setting", "value", "from", "meaning"]).set_index("setting"))
 
     @classmethod
     def _build(cls, layers: Iterable[tuple[str, dict[str, Any]]], recipe: Path | None) -> Self:

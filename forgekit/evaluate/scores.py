@@ -120,6 +120,8 @@ def compare_scores(before: Scores, after: Scores) -> "pandas.DataFrame":
     """Return a table of both scores and their difference. Exact match in percent, loss in nats a token."""
     import pandas
 
+    from ..table import Table
+
     rows = {
         "exact match, %": (100 * before.exact_match, 100 * after.exact_match),
         "loss, nats a token": (before.loss, after.loss),
@@ -127,12 +129,12 @@ def compare_scores(before: Scores, after: Scores) -> "pandas.DataFrame":
     }
     table = pandas.DataFrame(rows, index=["before", "after"]).T
     table["change"] = table["after"] - table["before"]
-    return table.round(3)
+    return Table(table.round(3))
 
 
 def show_answers(before: Scores, after: Scores, number: int = 5) -> "pandas.DataFrame":
     """Return the first rows as a table: question, right answer, answer before, answer after, and whether it is right now."""
-    import pandas
+    from ..table import Table
 
     rows = [
         {
@@ -144,4 +146,4 @@ def show_answers(before: Scores, after: Scores, number: int = 5) -> "pandas.Data
         }
         for b, a in zip(before.rows[:number], after.rows[:number], strict=True)
     ]
-    return pandas.DataFrame(rows)
+    return Table(rows)
