@@ -243,7 +243,7 @@ class LiveCurve(TrainerCallback):
         axes = self.figure.subplots()
         axes.plot(self.steps, self.losses, color="#1f5fa8", linewidth=1.5, label="training rows")
         if self.scores:
-            axes.plot(*zip(*self.scores, strict=True), "o--", color="#b35300", label="held-out rows")
+            axes.plot(*zip(*self.scores, strict=True), "o--", color="#b35300", label="held-out rows", clip_on=False)
             axes.legend(frameon=False)
         axes.set(xlabel="optimiser step", ylabel="loss, nats a token", xlim=(0, max(1, total)))
         axes.set_ylim(bottom=0)
