@@ -9,7 +9,7 @@ from typing import Any
 from .collate import Markers, mark_learned, tokenize_rows
 from .parts import show_part
 
-LEARNED = "background:#1b5e20;color:#ffffff;border-radius:3px;padding:0 2px;border-bottom:3px double #ffd54f"
+LEARNED = "background:#1b5e20;color:#ffffff;border-radius:3px;padding:1px 2px 2px;border-bottom:2px solid #ffb300"
 CONTEXT = "background:transparent;color:inherit;opacity:.75"
 
 

@@ -4,18 +4,32 @@
           |
      build_config -> build_model          tiny_pretrain.py trains it and writes the folder tiny/
 
-Text: 25 layers of width 64, 20 with keys and values of their own and 5 that share them, the first 10 sparse: the
+Text: 25 layers of width 96, 20 with keys and values of their own and 5 that share them, the first 10 sparse: the
 depths that llama.cpp fixes for Gemma 3n. Pictures: 64 x 64 pixels, 16 soft tokens. Sound: up to 2.5 s, 32 tokens.
 """
 
+import copy
 import json
 from collections.abc import Iterable
+
+from .timm_args import set_model_args
 
 IMAGE_PIXELS = 64
 IMAGE_TOKENS = 16  # a 4 x 4 grid
 AUDIO_TOKENS = 32  # 80 ms each
 AUDIO_REDUCTION = 2  # Conformer frames of 40 ms for one soft token
+UPDATE_SCALE = 0.3  # first weight of the norms behind attention, feed-forward, LAuReL and per-layer embedding
 MEDIA_VOCABULARY = 2  # <end_of_...> and the soft token itself, behind the text vocabulary, for images and for audio
+
+# MobileNetV5's four stages with its own kinds of block, in timm's notation: 9 blocks instead of 84, 16 to 64 channels.
+# Tried: timm's smaller `mobilenetv5_base` narrowed by channel_multiplier; its 39 blocks hardly learn (loss 3.2 after 200
+# steps, where these nine stand at 0.9) although they would not need restore_model_args.
+VISION_STAGES = (
+    ("er_r1_k3_s2_e2_c16",),
+    ("uir_r1_a3_k5_s2_e3_c32", "uir_r1_a5_k0_s1_e2_c32"),
+    ("uir_r1_a5_k5_s2_e3_c48", "mqa_r1_k3_h4_v2_s1_d16_c48", "uir_r1_a0_k0_s1_e2_c48"),
+    ("uir_r1_a5_k5_s2_e3_c64", "mqa_r1_k3_h4_s1_d16_c64", "uir_r1_a0_k0_s1_e2_c64"),
+)
 
 # Gemma's special tokens, in this order from id 0; the bytes and the learned pieces follow.
 SPECIAL_TOKENS = (
@@ -142,11 +156,12 @@ def build_processor(tokenizer):
     )
 
 
-def build_config(tokenizer, hidden_size: int = 64, layers: int = 25, shared_layers: int = 5):
+def build_config(tokenizer, hidden_size: int = 96, layers: int = 25, shared_layers: int = 5):
     """Describes the tiny model as a Gemma3nConfig, with every feature of the large one switched on.
 
     `vocab_size` ends with the audio vocabulary, because transformers pads sound with the embedding of the last id.
     """
+    from timm.models._efficientnet_builder import decode_arch_def
     from transformers import Gemma3nConfig
 
     ids = tokenizer.get_vocab()
@@ -155,12 +170,12 @@ def build_config(tokenizer, hidden_size: int = 64, layers: int = 25, shared_laye
         "vocab_size": len(ids),
         "vocab_size_per_layer_input": text_vocabulary,
         "hidden_size": hidden_size,
-        "intermediate_size": 3 * hidden_size,
+        "intermediate_size": 128,
         "num_hidden_layers": layers,
         "num_kv_shared_layers": shared_layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 16,
+        "head_dim": 32,
         "hidden_size_per_layer_input": 16,
         "laurel_rank": 16,
         "altup_num_inputs": 4,
@@ -168,13 +183,12 @@ def build_config(tokenizer, hidden_size: int = 64, layers: int = 25, shared_laye
         "activation_sparsity_pattern": [0.95 if i < 10 else 0.0 for i in range(layers)],
         "sliding_window": 64,
         "max_position_embeddings": 1024,
-        "initializer_range": 0.05,
+        "initializer_range": 0.125,
     }
     vision = {
-        # timm rewrites `block_args` in place, after which a loaded model cannot be saved: the width is set instead.
-        "architecture": "mobilenetv5_base",
+        "architecture": "mobilenetv5_300m_enc",
         "model_args": {
-            "channel_multiplier": 0.04,
+            "block_args": json.loads(json.dumps(decode_arch_def([list(stage) for stage in VISION_STAGES]))),
             "stem_size": 16,
             "msfa_output_resolution": int(IMAGE_TOKENS**0.5),
             "layer_scale_init_value": 0.5,
@@ -186,7 +200,7 @@ def build_config(tokenizer, hidden_size: int = 64, layers: int = 25, shared_laye
     audio = {
         "vocab_size": MEDIA_VOCABULARY,
         "vocab_offset": text_vocabulary + MEDIA_VOCABULARY,
-        "hidden_size": 96,
+        "hidden_size": 64,
         "conf_num_attention_heads": 4,
         "conf_num_hidden_layers": 2,
         "conf_reduction_factor": AUDIO_REDUCTION,
@@ -218,7 +232,8 @@ def build_model(config, seed: int = 0):
     from transformers import Gemma3nForConditionalGeneration, GenerationConfig
 
     torch.manual_seed(seed)
-    model = Gemma3nForConditionalGeneration(config)
+    model = Gemma3nForConditionalGeneration(copy.deepcopy(config))
+    set_model_args(model, config.vision_config.model_args)
     language, text = model.model.language_model, config.text_config
     # transformers drew the vision tower again from N(0, 0.02), too small for convolutions.
     efficientnet_init_weights(model.model.vision_tower.timm_model)
@@ -230,13 +245,8 @@ def build_model(config, seed: int = 0):
                 if name in ("q_norm.weight", "k_norm.weight"):
                     constant_(parameter, text.head_dim**-0.25)
             # Each layer halves the stream's power before it adds: full-size updates would drown the input by layer 25.
-            for norm in (
-                layer.post_attention_layernorm,
-                layer.post_feedforward_layernorm,
-                layer.post_per_layer_input_norm,
-                layer.laurel.post_laurel_norm,
-            ):
-                constant_(norm.weight, POST_NORM)
+            for norm in list_update_norms(layer):
+                constant_(norm.weight, UPDATE_SCALE)
         # transformers leaves the <pad> rows at zero, and AltUp's division by the magnitude then gives NaN gradients.
         for table in (language.embed_tokens, language.embed_tokens_per_layer):
             normal_(table.weight[config.pad_token_id], 0, text.initializer_range)
@@ -248,4 +258,11 @@ def build_model(config, seed: int = 0):
     return model
 
 
-POST_NORM = 0.3
+def list_update_norms(layer) -> list:
+    """Returns the norms of a text layer through which everything passes that the layer adds to the stream."""
+    return [
+        layer.post_attention_layernorm,
+        layer.post_feedforward_layernorm,
+        layer.post_per_layer_input_norm,
+        layer.laurel.post_laurel_norm,
+    ]

@@ -165,8 +165,9 @@ def draw_shape(colour: str, shape: str, generator: random.Random):
     return image
 
 
-# Sound: twelve notes from 523 Hz, each about ten per cent above the one before, alone or two together.
-NOTES = {name: 523.25 * 2 ** (step * 1.6 / 12) for step, name in enumerate("CDEFGABHKLMP")}
+# Sound: twelve notes from 546 Hz, each ten per cent above the one before, alone or two together. Start and step keep every
+# pair of notes more than four per cent away from every telephone key's pair of frequencies.
+NOTES = {name: 546.0 * 2 ** (step * 1.7 / 12) for step, name in enumerate("CDEFGABHKLMP")}
 MELODY_QUESTIONS = ("Which notes were played?", "Write down the melody.")
 CHORD_QUESTIONS = ("Which notes sound together?", "Name the chords.")
 

@@ -1,5 +1,7 @@
 """What a run says while it trains: a line a step in the log, status.json for other programs, a curve in a notebook."""
 
+import base64
+import io
 import json
 import logging
 import math
@@ -50,7 +52,7 @@ class RunLog(TrainerCallback):
         self.folder.mkdir(parents=True, exist_ok=True)
         self.clock = Clock()
         self.clock.first_step = state.global_step
-        self.write(f"{now()} training starts at step {state.global_step} of {state.max_steps}")
+        self.write(f"training starts at step {state.global_step} of {state.max_steps}", stamp=f"{now()} ")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note the time."""
@@ -105,13 +107,13 @@ class RunLog(TrainerCallback):
         }
         write_json(self.run.path / "metrics" / "training-stats.json", stats)
         self.run.update(training={name: value for name, value in stats.items() if not name.endswith("losses")})
-        self.write(f"{now()} training ends after step {state.global_step}, {seconds:.1f} s")
+        self.write(f"training ends after step {state.global_step}, {seconds:.1f} s", stamp=f"{now()} ")
 
-    def write(self, line: str) -> None:
-        """Print a line and put it into logs/training.log."""
+    def write(self, line: str, stamp: str = "") -> None:
+        """Print a line and put it into logs/training.log, there with the time."""
         print(line, flush=True)
         with open(self.folder / "training.log", "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+            file.write(f"{stamp}{line}\n")
 
 
 def peak_gpu_memory() -> int | None:
@@ -195,7 +197,7 @@ class LiveCurve(TrainerCallback):
 
         self.figure = Figure(figsize=(7, 3), layout="constrained")
         self.draw(state.max_steps)
-        self.handle = display(self.figure, display_id=True)
+        self.handle = display(self.picture(), raw=True, display_id=True)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Add a point."""
@@ -221,7 +223,19 @@ class LiveCurve(TrainerCallback):
         self.drawn = time.monotonic()
         self.draw(total)
         if self.handle:
-            self.handle.update(self.figure)
+            self.handle.update(self.picture(), raw=True)
+
+    def picture(self) -> dict[str, str]:
+        """Return the figure as a notebook stores it, PNG and a word of text.
+
+        IPython draws a figure itself only after pyplot was imported, which this package leaves to the user.
+        """
+        file = io.BytesIO()
+        self.figure.savefig(file, format="png", dpi=100)
+        return {
+            "image/png": base64.b64encode(file.getvalue()).decode(),
+            "text/plain": f"Loss curve, {len(self.losses)} points",
+        }
 
     def draw(self, total: int) -> None:
         """Draw the points so far."""

@@ -1,5 +1,6 @@
 """What a run says while it trains: status.json, training.log, metrics.jsonl, and a loss that is no number."""
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -148,14 +149,18 @@ def test_the_curve_ends_with_a_sentence(make_config: Any, monkeypatch: pytest.Mo
     shown = []
 
     class Handle:
-        def update(self, figure: Any) -> None:
-            shown.append(figure)
+        def update(self, bundle: dict[str, str], raw: bool) -> None:
+            shown.append(bundle)
 
-    monkeypatch.setattr("IPython.display.display", lambda figure, display_id: Handle())
+    monkeypatch.setattr("IPython.display.display", lambda bundle, raw, display_id: shown.append(bundle) or Handle())
     trainer, _ = make_trainer(make_config({"train.max_steps": 3}))
-    trainer.add_callback(callbacks.LiveCurve())
+    curve = callbacks.LiveCurve()
+    trainer.add_callback(curve)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert f"Loss curve: from {losses[0]:.3f} at step 1 to {losses[-1]:.3f} at step 3" in capsys.readouterr().out
-    (line,) = shown[-1].axes[0].lines
+    (line,) = curve.figure.axes[0].lines
     assert line.get_ydata() == pytest.approx(losses)
+    pictures = [base64.b64decode(bundle["image/png"]) for bundle in shown]
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures)
+    assert shown[-1]["text/plain"] == "Loss curve, 3 points" and pictures[-1] != pictures[0]
