@@ -128,7 +128,9 @@ def count_soft_tokens(processor: Any) -> dict[str, Counter[int]]:
     """Return, for each kind that the model takes, how often each token stands in the sequence of one value."""
     tokenizer = getattr(processor, "tokenizer", processor)
     pairs = {name: feed.tokens(processor) for name, feed in FEEDS.items()}
-    return {name: Counter(tokenizer(pair[1], add_special_tokens=False).input_ids) for name, pair in pairs.items() if pair}
+    return {
+        name: Counter(tokenizer(pair[1], add_special_tokens=False).input_ids) for name, pair in pairs.items() if pair
+    }
 
 
 def check_media(messages: Messages, processor: Any) -> BadRow | None:
@@ -168,7 +170,8 @@ def check_ids(
         for _ in find_values(messages, name):
             wanted += tokens
     found = Counter(token for token in ids if token in markers.control)
-    held += sorted(name for token, name in markers.control.items() if found[token] != wanted[token])
+    wrong = [token for token in markers.control if found[token] != wanted[token]]
+    held += [markers.control[token] for token in sorted(wrong, key=lambda token: wanted[token] - found[token])]
     if held:
         return BadRow("control_tokens", f"the text holds {', '.join(held)}, which the model reads as control tokens")
     return None

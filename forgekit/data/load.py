@@ -107,7 +107,9 @@ def check_table(
         for offset, (row, source) in enumerate(zip(decode_rows(batch), sources, strict=True)):
             quarantine.seen += not from_text  # text rows were counted when they were read
             try:
-                found.append((start + offset, source, load_parts(convert_row(to_example, row, source), config.data.frames)))
+                found.append(
+                    (start + offset, source, load_parts(convert_row(to_example, row, source), config.data.frames))
+                )
             except BadRow as bad:
                 quarantine.add(source, bad)
         for (number, source, messages), bad_row in zip(

@@ -34,7 +34,10 @@ def check_part(part: Any) -> dict[str, Any]:
 def load_parts(messages: list[dict[str, Any]], frames: int = video.FRAMES) -> list[dict[str, Any]]:
     """Return the messages with every part decoded, as the model is given them. Raises BadRow for media that cannot be."""
     return [
-        {**message, "content": [loaded for part in message["content"] for loaded in KINDS[part["type"]].load(part, frames)]}
+        {
+            **message,
+            "content": [loaded for part in message["content"] for loaded in KINDS[part["type"]].load(part, frames)],
+        }
         for message in messages
     ]
 

@@ -29,9 +29,13 @@ def check(part: Mapping[str, Any]) -> dict[str, Any]:
         array = source.get("array")
         source = source.get("bytes") or source.get("path") if array is None else array
     if isinstance(source, str) and "://" in source:
-        raise BadRow("url", f"a clip at an address ({source[:80]}); fetch it first, so that a run does not depend on the network")
+        raise BadRow(
+            "url", f"a clip at an address ({source[:80]}); fetch it first, so that a run does not depend on the network"
+        )
     if not isinstance(source, str | Path | bytes) and not hasattr(source, "__len__"):
-        raise BadRow("wrong_type", f"a clip is a path, bytes or an array with sampling_rate, not {type(source).__name__}")
+        raise BadRow(
+            "wrong_type", f"a clip is a path, bytes or an array with sampling_rate, not {type(source).__name__}"
+        )
     if not isinstance(source, str | Path | bytes) and rate is None:
         raise BadRow("no_rate", "an array of samples needs its sampling_rate in Hz, for instance 16000")
     return {"type": "audio", "audio": source, "sampling_rate": rate}
@@ -49,7 +53,11 @@ def read_sound(source: Any) -> tuple["numpy.ndarray", int]:
     import soundfile
 
     try:
-        return soundfile.read(io.BytesIO(source) if isinstance(source, bytes) else str(Path(source).expanduser()), dtype="float32", always_2d=True)
+        return soundfile.read(
+            io.BytesIO(source) if isinstance(source, bytes) else str(Path(source).expanduser()),
+            dtype="float32",
+            always_2d=True,
+        )
     except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
         if not isinstance(source, bytes) and not Path(source).expanduser().is_file():
             raise BadRow("missing_media", f"the clip {source} does not exist") from None
@@ -101,7 +109,9 @@ def to_mono_16k(samples: "numpy.ndarray", rate: Any) -> "numpy.ndarray":
         raise BadRow("not_finite", "the clip holds samples that are not numbers (NaN or infinity)")
     mono = samples if rate == RATE else soxr.resample(samples, rate, RATE)
     if len(mono) < RATE // 20:
-        raise BadRow("empty_media", f"the clip lasts {len(mono) / RATE:.3f} s; at least 0.05 s are needed for one frame")
+        raise BadRow(
+            "empty_media", f"the clip lasts {len(mono) / RATE:.3f} s; at least 0.05 s are needed for one frame"
+        )
     return numpy.ascontiguousarray(mono, numpy.float32)
 
 

@@ -24,5 +24,5 @@ class Feed:
 
     def tokens(self, processor: Any) -> tuple[str, str] | None:
         """Return (placeholder, sequence) as text, or None when the model does not take this kind."""
-        token = getattr(processor, self.placeholder, None)
-        return (token, getattr(processor, self.sequence)) if token else None
+        token, sequence = getattr(processor, self.placeholder, None), getattr(processor, self.sequence, None)
+        return (token, sequence) if token and sequence else None

@@ -23,7 +23,10 @@ def check(part: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(source, Mapping):  # a row of a datasets Image column that is not decoded
         source = source.get("bytes") or source.get("path")
     if isinstance(source, str) and "://" in source:
-        raise BadRow("url", f"a picture at an address ({source[:80]}); fetch it first, so that a run does not depend on the network")
+        raise BadRow(
+            "url",
+            f"a picture at an address ({source[:80]}); fetch it first, so that a run does not depend on the network",
+        )
     if not (isinstance(source, str | Path | bytes) or hasattr(source, "getexif")):
         raise BadRow("wrong_type", f"a picture is a path, bytes or a PIL image, not {type(source).__name__}")
     return {"type": "image", "image": source}
@@ -41,7 +44,9 @@ def load_picture(source: Any) -> "Image":
     try:
         picture = open_picture(source)
         if picture.width * picture.height > MEGAPIXELS * 1_000_000:
-            raise BadRow("too_many_pixels", f"{picture.width} x {picture.height} pixels, more than {MEGAPIXELS} megapixels")
+            raise BadRow(
+                "too_many_pixels", f"{picture.width} x {picture.height} pixels, more than {MEGAPIXELS} megapixels"
+            )
         picture.seek(0)
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith(("I", "F")):  # 16 and 32 bit: PIL's own conversion cuts the high values off
@@ -75,7 +80,11 @@ def scale_range(picture: "Image") -> "Image":
     values = numpy.asarray(picture, numpy.float64)
     if not numpy.isfinite(values).all():
         raise BadRow("corrupt_media", "the picture holds values that are not numbers")
-    top = 65535.0 if picture.mode.startswith("I") and values.max(initial=0) <= 65535 else max(values.max(initial=0), 1e-12)
+    top = (
+        65535.0
+        if picture.mode.startswith("I") and values.max(initial=0) <= 65535
+        else max(values.max(initial=0), 1e-12)
+    )
     return Image.fromarray((values.clip(0, top) * (255.0 / top)).astype(numpy.uint8))
 
 

@@ -24,7 +24,10 @@ def check(part: Mapping[str, Any]) -> dict[str, Any]:
 
 def load(part: dict[str, Any], frames: int) -> list[dict[str, Any]]:
     """Return `frames` picture parts, each with its "seconds", and with `sound` a clip part behind them."""
-    parts = [{"type": "image", "image": picture, "seconds": seconds} for seconds, picture in sample_frames(part["video"], frames)]
+    parts = [
+        {"type": "image", "image": picture, "seconds": seconds}
+        for seconds, picture in sample_frames(part["video"], frames)
+    ]
     if part["sound"]:
         samples, rate = audio.read_with_av(part["video"], BadRow("corrupt_media", "the film holds no sound"))
         parts.append({"type": "audio", "audio": audio.to_mono_16k(samples, rate), "sampling_rate": audio.RATE})
@@ -46,7 +49,11 @@ def sample_frames(source: Any, frames: int) -> list[tuple[float, Any]]:
             total = sum(1 for _ in film.decode(stream))  # counted, as headers are often wrong
             wanted = {min(total - 1, int((i + 0.5) * total / frames)) for i in range(frames)} if total else set()
             film.seek(0)
-            chosen = [(float(frame.time or 0.0), frame.to_image()) for i, frame in enumerate(film.decode(stream)) if i in wanted]
+            chosen = [
+                (float(frame.time or 0.0), frame.to_image())
+                for i, frame in enumerate(film.decode(stream))
+                if i in wanted
+            ]
     except FileNotFoundError:
         raise BadRow("missing_media", f"the film {source} does not exist") from None
     except (av.FFmpegError, ValueError, OSError) as error:
@@ -60,5 +67,7 @@ def show(part: Mapping[str, Any]) -> tuple[str, str]:
     """Return the frames that the model would see, with their times."""
     shown = [(p["seconds"], *image.show(p)) for p in load({**part, "sound": False}, FRAMES)]
     times = ", ".join(f"{seconds:.2f} s" for seconds, *_ in shown)
-    return f"[film, frames at {times}]", "".join(f"<figure style='display:inline-block'>{html}<figcaption>{seconds:.2f} s</figcaption></figure>" for seconds, _, html in shown)
-
+    return f"[film, frames at {times}]", "".join(
+        f"<figure style='display:inline-block'>{html}<figcaption>{seconds:.2f} s</figcaption></figure>"
+        for seconds, _, html in shown
+    )
