@@ -121,10 +121,11 @@ def doctor(options: argparse.Namespace) -> int:
     """Print the findings."""
     from .doctor import BAD, examine
 
-    findings = examine()
-    for finding in findings:
-        print(finding)
-    return FAILED if any(finding.state == BAD for finding in findings) else 0
+    states = set()
+    for finding in examine():
+        print(finding, flush=True)
+        states.add(finding.state)
+    return FAILED if BAD in states else 0
 
 
 def start_lab(arguments: list[str]) -> int:

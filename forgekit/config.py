@@ -227,6 +227,11 @@ def find_conflicts(config: Config) -> list[str]:
         problems.append(
             "adapter.path continues an adapter, and model.load_in: full has none. Set load_in to 16bit or 4bit."
         )
+    if "adapter" in config.export.formats and config.model.load_in == "full":
+        problems.append(
+            "export.formats asks for adapter, and model.load_in: full trains the weights themselves, without one. "
+            "Set export.formats: [merged]."
+        )
     return problems
 
 

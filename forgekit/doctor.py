@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .environment import cache_folder, is_writable, set_environment
@@ -28,10 +29,11 @@ class Finding:
         return f"{self.state:>4}  {self.what}" + (f"\n      -> {self.remedy}" if self.remedy else "")
 
 
-def examine() -> list[Finding]:
-    """Return everything worth knowing before a run, the worst not first but in the order of dependence."""
+def examine() -> Iterator[Finding]:
+    """Yield everything worth knowing before a run, in the order of dependence, each finding as soon as it is known."""
     set_environment()
-    return [*check_python(), *check_packages(), *check_hardware(), *check_engines(), *check_folders()]
+    for check in (check_python, check_packages, check_hardware, check_engines, check_folders):
+        yield from check()
 
 
 def check_python() -> list[Finding]:

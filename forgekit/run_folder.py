@@ -64,6 +64,14 @@ def current_umask() -> int:
     return umask
 
 
+def share_files(folder: Path) -> None:
+    """Give every file below a folder the permissions that the user's umask says; safetensors writes for the owner alone."""
+    mode = 0o666 & ~current_umask()
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON, atomically; NaN and infinity, which JSON does not know, become null."""
     write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, default=str) + "\n")

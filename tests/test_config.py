@@ -130,6 +130,11 @@ def test_a_config_cannot_be_changed_in_place() -> None:
         load_config().train = None  # type: ignore[assignment]
 
 
+def test_a_section_made_by_hand_refuses_unknown_names_too() -> None:
+    with pytest.raises(ValidationError, match="sede"):
+        SECTIONS["train"](sede=1)  # type: ignore[call-arg]
+
+
 def test_the_table_shows_what_differs_with_origin_and_meaning() -> None:
     table = load_config(write_recipe("train: {seed: 1}"), {"adapter.r": 8}).table()
     assert table["value"].to_dict() == {"adapter.r": 8, "train.seed": 1}

@@ -49,17 +49,11 @@ def add_adapter(model: "PreTrainedModel", config: Config) -> Any:
     The matrices start from `train.seed`, or from the weights in `adapter.path`.
 
     Raises:
-        ConfigError: a group matches nothing, the adapter in `adapter.path` was made with other settings, or
-            `export.formats` asks for the adapter that `load_in: full` does not make.
+        ConfigError: a group matches nothing, or the adapter in `adapter.path` was made with other settings.
     """
     engine = start_engine(config)
     check_groups(model, config.adapter.layers)
     if config.model.load_in == "full":
-        if "adapter" in config.export.formats:  # said here, before hours of training that could not be exported
-            raise ConfigError(
-                "export.formats asks for adapter, and model.load_in: full trains the weights themselves, without one. "
-                "Set export.formats: [merged]."
-            )
         learner = unfreeze_language(model)
     elif engine == "unsloth":
         learner = add_unsloth_adapter(model, config)

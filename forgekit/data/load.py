@@ -1,8 +1,6 @@
 """From a recipe's data section to checked examples in splits; what cannot be learned from is set aside with its reason."""
 
 import json
-import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +23,8 @@ SPLITS = ("train", "validation", "test")
 SPLIT_SEED = 3407  # held-out rows stay the same when train.seed changes, so that scores of several seeds compare
 TEXT_COLUMNS = {"json", "source"}  # of rows that were read from lines of text
 BATCH = 256  # rows tokenised together while checking
+# rows between two lines of progress; counted and not timed, so that a notebook prints the same on every machine
+SHOWN = 5000
 
 
 def load_data(
@@ -94,7 +94,7 @@ def check_table(
     """Convert and measure every row; return the numbers and prompt hashes of the good ones. Bad ones go to `quarantine`."""
     good: list[int] = []
     hashes: list[str] = []
-    started = time.monotonic()
+    shown = 0
     from_text = set(table.column_names) == TEXT_COLUMNS
     for start in range(0, len(table), BATCH):
         batch = table[start : start + BATCH]
@@ -120,11 +120,10 @@ def check_table(
             else:
                 good.append(number)
                 hashes.append(hash_prompt(messages, SPLIT_SEED))
-        if time.monotonic() - started > 2:
-            print(
-                f"Checking {name}: {min(start + BATCH, len(table))} of {len(table)} rows", file=sys.stderr, flush=True
-            )
-            started = time.monotonic()
+        done = start + BATCH
+        if done - shown >= max(SHOWN, len(table) / 10) and done < len(table):
+            print(f"Checking {name}: {done} of {len(table)} rows", flush=True)
+            shown = done
     return good, hashes
 
 

@@ -72,7 +72,9 @@ def load_export(folder: Path | str, config: Config | None = None) -> tuple[Any, 
     model, processor = load_model((config or load_config()).change(settings, "export"))
     if adapter.is_file():
         from peft import PeftModel
+        from transformers import AutoProcessor
 
         model = PeftModel.from_pretrained(model, str(folder))
         compare_adapter(model, folder)
+        processor = AutoProcessor.from_pretrained(folder)  # the template and tokens that it was trained with
     return model, processor

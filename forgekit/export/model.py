@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config
-from ..run_folder import Run, shorten_path
+from ..run_folder import Run, shorten_path, share_files
 from .adapter import export_adapter
 from .merged import export_merged
 
@@ -26,6 +26,7 @@ def export_model(
     for name in config.export.formats:
         place, write = FORMATS[name]
         written[name] = write(model, processor, config, run.path / place, scores)
+        share_files(written[name])
         size = sum(file.stat().st_size for file in written[name].rglob("*") if file.is_file())
         print(f"{name}: {shorten_path(written[name])} ({size / 1e6:.1f} MB)")
         run.update(exports={name: str(path.relative_to(run.path)) for name, path in written.items()})

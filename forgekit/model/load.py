@@ -13,6 +13,7 @@ from ..config import Config
 from ..environment import set_environment
 from ..errors import ModelError
 from ..hardware import choose_device, choose_dtype, choose_engine, detect_hardware
+from .timm_args import restore_model_args
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -182,6 +183,10 @@ def load_model(config: Config) -> tuple["PreTrainedModel", Any]:
         raise explain_load_error(config, error) from error
     except NotImplementedError as error:
         raise ModelError(f"Unsloth does not support this here: {error} Set model.engine: huggingface.") from error
+    if Path(name).is_dir():
+        restore_model_args(model, name)
+    if config.model.load_in != "full":
+        model.requires_grad_(False)
     return model, processor
 
 

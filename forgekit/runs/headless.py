@@ -1,6 +1,7 @@
 """A notebook from start to end without a browser: papermill executes it, the run's folder keeps what it printed."""
 
 import ast
+import asyncio
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -139,6 +140,7 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> tuple[s
             stderr_file=sys.stderr,
             cwd=str(notebook.parent.absolute()),
             config=encrypt_connection(),
+            kernel_manager_class=patient_manager(),
         )
     except papermill.PapermillExecutionError as error:
         return "failed", " ".join(f"cell {error.exec_count}: {error.ename}: {error.evalue}".split())
@@ -159,6 +161,23 @@ def encrypt_connection() -> Any:
 
     known = "transport_encryption" in KernelManager.class_trait_names()
     return Traits({"KernelManager": {"transport_encryption": "auto"}} if known else {})
+
+
+def patient_manager() -> type:
+    """Return a kernel manager that lets the kernel finish its last answer before it is interrupted and shut down.
+
+    The interrupt comes right behind that answer; a kernel that is still busy with it reports an error, after a run that
+    went well. Half a second is enough on a busy machine; between two answers a kernel ignores interrupts.
+    """
+    from jupyter_client.manager import AsyncKernelManager
+
+    class PatientManager(AsyncKernelManager):
+        async def _async_interrupt_kernel(self) -> None:
+            if self.shutting_down:
+                await asyncio.sleep(0.5)
+            await super()._async_interrupt_kernel()
+
+    return PatientManager
 
 
 def write_html(notebook: Path, html: Path) -> None:

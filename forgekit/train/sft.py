@@ -52,7 +52,8 @@ def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config,
         processing_class=processor,
         callbacks=callbacks,
     )
-    if engine == "huggingface":
+    # seen to hold on plain transformers and for Unsloth on a CPU; on a GPU Unsloth compiles a loss of its own and decides
+    if engine == "huggingface" or choose_device(config) == "cpu":
         weigh_tokens_alike(trainer)
     remove_default_output(trainer)
     report_failure(trainer, status)
