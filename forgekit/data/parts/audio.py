@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 RATE = 16_000  # Hz, what Gemma 3n's feature extractor expects; it takes no rate and would not notice another one
 SECONDS = 30.0  # what the released checkpoints hear; the feature extractor cuts silently behind it
-# Frames of 10 ms added behind each clip. The tower's two convolutions (kernel 3, stride 2, looking ahead) read up to 6
-# frames past the last one. With them in place a clip gives the same soft tokens alone and beside longer ones.
+# Frames of zeros (10 ms each) behind each clip: the tower's two convolutions (kernel 3, stride 2) read up to 6 frames past
+# the last one, and should find the same there whether or not a longer clip stands beside it.
 LOOK_AHEAD = 8
 STRIDE = 4  # frames to one step of the tower behind those convolutions
 
