@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     import torch
 
 
+# None takes back what a checkpoint's generation_config.json says of sampling, which transformers warns about otherwise
+GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
 def end_tokens(tokenizer: Any) -> list[int]:
     """Return the ids that end an answer: <end_of_turn> and the end of text."""
     return [tokenizer.convert_tokens_to_ids(TURN_END), tokenizer.eos_token_id]
@@ -53,7 +57,6 @@ def generate_answers(
     tokenizer = getattr(processor, "tokenizer", processor)
     batch = tokenize_chats(chats, processor, answer=False, padding=True, padding_side="left", return_tensors="pt")
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     with inference(model):
         output = model.generate(
             **batch,
@@ -61,7 +64,7 @@ def generate_answers(
             eos_token_id=end_tokens(tokenizer),
             pad_token_id=tokenizer.pad_token_id,
             use_cache=True,
-            **(settings or greedy),
+            **(settings or GREEDY),
         )
     answers: torch.Tensor = output[:, batch["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
@@ -93,9 +96,7 @@ def generate_answer(
     turns = [make_message("user", question)] if isinstance(question, str) else question
     chat = load_parts([check_message(turn) for turn in turns])
     sampling: dict[str, Any] = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-        if temperature
-        else {"do_sample": False}
+        {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature else dict(GREEDY)
     )
     if stream:
         sampling["streamer"] = TextStreamer(

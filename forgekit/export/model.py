@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config
-from ..run_folder import Run, shorten_path, share_files
+from ..run_folder import Run, share_files, shorten_path
 from .adapter import export_adapter
 from .merged import export_merged
 

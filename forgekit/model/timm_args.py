@@ -3,9 +3,10 @@
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 
-def restore_model_args(model, folder: str | Path) -> None:
+def restore_model_args(model: Any, folder: str | Path) -> None:
     """Gives a loaded model the `vision_config.model_args` that stand in the folder's config.json again.
 
     timm's EfficientNetBuilder works on `block_args` in place (it removes keys and adds functions), so that after
@@ -18,10 +19,13 @@ def restore_model_args(model, folder: str | Path) -> None:
         set_model_args(model, saved["vision_config"]["model_args"])
 
 
-def set_model_args(model, model_args: dict) -> None:
+def set_model_args(model: Any, model_args: dict) -> None:
     """Sets a copy of `model_args` in every configuration of the model that describes the vision tower."""
-    configs = [model.config, *(module.config for module in model.modules() if getattr(module, "config", None))]
+    configs: list[Any] = [
+        model.config,
+        *(module.config for module in model.modules() if getattr(module, "config", None)),
+    ]
     for config in configs:
         for part in (config, getattr(config, "vision_config", None)):
-            if getattr(part, "model_args", None):
+            if part is not None and getattr(part, "model_args", None):
                 part.model_args = copy.deepcopy(model_args)

@@ -11,6 +11,7 @@ depths that llama.cpp fixes for Gemma 3n. Pictures: 64 x 64 pixels, 16 soft toke
 import copy
 import json
 from collections.abc import Iterable
+from typing import Any
 
 from .timm_args import set_model_args
 
@@ -81,7 +82,7 @@ CHAT_TEMPLATE = """\
 """
 
 
-def build_tokenizer(lines: Iterable[str], text_vocabulary: int = 1280):
+def build_tokenizer(lines: Iterable[str], text_vocabulary: int = 1280) -> Any:
     """Trains a byte-pair tokenizer with byte fallback on `lines` and gives it Gemma's special tokens and template.
 
     Ids: 0..7 SPECIAL_TOKENS, 8..263 the bytes, then the learned pieces, at the end MEDIA_TOKENS. Digits and the signs
@@ -140,7 +141,7 @@ def build_tokenizer(lines: Iterable[str], text_vocabulary: int = 1280):
     )
 
 
-def build_processor(tokenizer):
+def build_processor(tokenizer: Any) -> Any:
     """Joins the tokenizer, 64 x 64 pixel images and Gemma 3n's own sound features into a Gemma3nProcessor."""
     from transformers import SiglipImageProcessor
     from transformers.models.gemma3n import Gemma3nAudioFeatureExtractor, Gemma3nProcessor
@@ -156,7 +157,7 @@ def build_processor(tokenizer):
     )
 
 
-def build_config(tokenizer, hidden_size: int = 96, layers: int = 25, shared_layers: int = 5):
+def build_config(tokenizer: Any, hidden_size: int = 96, layers: int = 25, shared_layers: int = 5) -> Any:
     """Describes the tiny model as a Gemma3nConfig, with every feature of the large one switched on.
 
     `vocab_size` ends with the audio vocabulary, because transformers pads sound with the embedding of the last id.
@@ -224,7 +225,7 @@ def build_config(tokenizer, hidden_size: int = 96, layers: int = 25, shared_laye
     )
 
 
-def build_model(config, seed: int = 0):
+def build_model(config: Any, seed: int = 0) -> Any:
     """Makes a Gemma3nForConditionalGeneration with random float32 weights that can be trained from nothing."""
     import torch
     from timm.models._efficientnet_builder import efficientnet_init_weights
@@ -258,7 +259,7 @@ def build_model(config, seed: int = 0):
     return model
 
 
-def list_update_norms(layer) -> list:
+def list_update_norms(layer: Any) -> list:
     """Returns the norms of a text layer through which everything passes that the layer adds to the stream."""
     return [
         layer.post_attention_layernorm,

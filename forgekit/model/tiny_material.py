@@ -179,7 +179,7 @@ def draw_sound(generator: random.Random) -> tuple[np.ndarray, str, str]:
         question = generator.choice(MELODY_QUESTIONS)
     else:
         chords = [generator.sample(list(NOTES), 2) for _ in range(generator.randint(1, 3))]
-        names = ["".join(sorted(chord, key=NOTES.get)) for chord in chords]
+        names = ["".join(sorted(chord, key=NOTES.__getitem__)) for chord in chords]
         question = generator.choice(CHORD_QUESTIONS)
     samples = play_tones([tuple(NOTES[note] for note in name) for name in names], generator)
     return samples, question, " ".join(names)

@@ -37,7 +37,8 @@ def load_orders(rows: int = 500, seed: int = 3407) -> list[dict]:
     quantity is a number from 2 to 12, written in the sentence as digits or as a word.
     """
     generator = random.Random(seed)
-    orders, seen = [], set()
+    orders: list[dict] = []
+    seen: set[tuple] = set()
     while len(orders) < rows:
         order = draw_order(generator)
         message = write_sentence(order, generator)
