@@ -56,6 +56,9 @@ class Data(Section):
     test: Part = setting(
         None, "rows scored before and after: a file or Hub split, a number of rows, or a share below 1 of the data"
     )
+    frames: int = setting(
+        4, "pictures taken from a film, evenly spaced; each costs 256 tokens with the released checkpoints", ge=1, le=64
+    )
     max_bad: float = setting(0.01, "share of bad rows above which a run stops before weights are read", ge=0, le=1)
 
 

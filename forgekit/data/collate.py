@@ -4,14 +4,18 @@
     learned                                                                        ^^^^^^^^^^^^^^^
 
 The labels come from token ids: everything from behind `<start_of_turn>model\\n` up to and with `<end_of_turn>`; all other
-positions are -100, which the loss passes over (torch.nn.CrossEntropyLoss, ignore_index).
+positions are -100, which the loss passes over (torch.nn.CrossEntropyLoss, ignore_index). Soft tokens of media are never
+learned. A placeholder that the template writes for a picture or a clip becomes its whole sequence of soft tokens here, as
+the processor would do it, so that rows can be measured without decoding twice.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .clean import BadRow
 from .messages import Messages
+from .parts import FEEDS, find_values
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +31,7 @@ class Markers:
     start: tuple[int, ...]  # <start_of_turn> model \n
     end: int  # <end_of_turn>
     bos: int
-    control: dict[int, str]  # special tokens that no text turn holds: <eos>, <pad>, the media tokens
+    control: dict[int, str]  # special tokens that no text holds: <eos>, <pad>, the media tokens
 
     @classmethod
     def find(cls, tokenizer: Any) -> "Markers":
@@ -48,24 +52,50 @@ class Markers:
 def render_chat(messages: Messages, processor: Any, answer: bool = True) -> str:
     """Write turns through the model's chat template; without `answer` the last turn is left off and the model's begun."""
     turns = messages if answer else messages[:-1]
-    return processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=not answer)
+    # the template needs to know which parts there are; their values would only be looked at for addresses to fetch
+    shape = [
+        {"role": turn["role"], "content": [{key: part[key] for key in ("type", "text") if key in part} for part in turn["content"]]}
+        for turn in turns
+    ]  # fmt: skip
+    return processor.apply_chat_template(shape, tokenize=False, add_generation_prompt=not answer)
+
+
+def write_sequences(text: str, processor: Any) -> str:
+    """Put the whole sequence of soft tokens in place of each placeholder."""
+    for feed in FEEDS.values():
+        tokens = feed.tokens(processor)
+        text = text.replace(*tokens) if tokens else text
+    return text
+
+
+def tokenize_texts(chats: list[Messages], processor: Any, answer: bool = True, **padding: Any) -> dict[str, Any]:
+    """Turn chats into input_ids and attention_mask; the template has written <bos>, so none is added."""
+    texts = [write_sequences(render_chat(messages, processor, answer), processor) for messages in chats]
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return dict(tokenizer(texts, add_special_tokens=False, return_token_type_ids=False, **padding))
 
 
 def tokenize_chats(chats: list[Messages], processor: Any, answer: bool = True, **padding: Any) -> dict[str, Any]:
-    """Turn chats into the model's inputs; the template has written <bos>, so none is added."""
-    texts = [render_chat(messages, processor, answer) for messages in chats]
-    batch = processor(text=texts, add_special_tokens=False, **padding)
-    return {name: values for name, values in batch.items() if name != "token_type_ids"}
+    """Turn chats into everything the model's forward takes: token ids, mask, and the tensors of their media.
+
+    Args:
+        chats: messages whose parts are decoded (`load_parts`).
+    """
+    batch = tokenize_texts(chats, processor, answer, **padding)
+    for name, feed in FEEDS.items():
+        values = [value for messages in chats for value in find_values(messages, name)]
+        if values:
+            batch |= feed.batch(values, processor)
+    return batch
 
 
 def tokenize_rows(chats: list[Messages], processor: Any) -> list[list[int]]:
-    """Return each chat's token ids, without padding; Gemma 3n's processor itself takes unequal rows only padded."""
-    batch = tokenize_chats(chats, processor, padding=True, return_tensors="np")
-    return [ids[mask == 1].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    """Return each chat's token ids, soft tokens included, without padding."""
+    return tokenize_texts(chats, processor)["input_ids"]
 
 
 def mark_learned(ids: list[int], markers: Markers) -> list[bool]:
-    """Return for each token whether it is learned: the assistant's turns, <end_of_turn> included.
+    """Return for each token whether it is learned: the assistant's turns, <end_of_turn> included, media left out.
 
     Args:
         ids: one row's token ids, padding included.
@@ -75,7 +105,7 @@ def mark_learned(ids: list[int], markers: Markers) -> list[bool]:
     learned, inside, length = [False] * len(ids), False, len(markers.start)
     for position, token in enumerate(ids):
         if inside:
-            learned[position] = True
+            learned[position] = token not in markers.control
             inside = token != markers.end
         else:
             inside = tuple(ids[max(0, position - length + 1) : position + 1]) == markers.start
@@ -86,15 +116,45 @@ def check_rows(chats: list[Messages], processor: Any, max_length: int) -> list[B
     """Measure rows as they will be trained on; return for each what is wrong with it, or None."""
     if not chats:
         return []
-    markers = Markers.find(getattr(processor, "tokenizer", processor))
+    tokenizer = getattr(processor, "tokenizer", processor)
+    markers, soft = Markers.find(tokenizer), count_soft_tokens(processor)
     return [
-        check_ids(ids, messages, markers, max_length)
+        check_media(messages, processor) or check_ids(ids, messages, markers, max_length, soft)
         for ids, messages in zip(tokenize_rows(chats, processor), chats, strict=True)
     ]
 
 
-def check_ids(ids: list[int], messages: Messages, markers: Markers, max_length: int) -> BadRow | None:
-    """Return why a row of token ids cannot be learned from, or None."""
+def count_soft_tokens(processor: Any) -> dict[str, Counter[int]]:
+    """Return, for each kind that the model takes, how often each token stands in the sequence of one value."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    pairs = {name: feed.tokens(processor) for name, feed in FEEDS.items()}
+    return {
+        name: Counter(tokenizer(pair[1], add_special_tokens=False).input_ids) for name, pair in pairs.items() if pair
+    }
+
+
+def check_media(messages: Messages, processor: Any) -> BadRow | None:
+    """Return why this model cannot take a row's media whole, or None."""
+    for name, feed in FEEDS.items():
+        values = find_values(messages, name)
+        if values and not feed.tokens(processor):
+            return BadRow("not_taken", f"the row holds a part of type {name}, which this model does not take")
+        try:
+            for value in values:
+                feed.check(value, processor)
+        except BadRow as bad:
+            return bad
+    return None
+
+
+def check_ids(
+    ids: list[int], messages: Messages, markers: Markers, max_length: int, soft: dict[str, Counter[int]] | None = None
+) -> BadRow | None:
+    """Return why a row of token ids cannot be learned from, or None.
+
+    Args:
+        soft: tokens in the sequence of one value of each kind, from `count_soft_tokens`.
+    """
     if ids.count(markers.bos) != 1 or ids[0] != markers.bos:
         return BadRow(
             "bos",
@@ -105,7 +165,13 @@ def check_ids(ids: list[int], messages: Messages, markers: Markers, max_length: 
     turns = len(messages) - (messages[0]["role"] == "system")  # the template writes system text into the first turn
     names = {markers.start[0]: TURN_START, markers.end: TURN_END}
     held = [name for token, name in names.items() if ids.count(token) != turns]
-    held += sorted({markers.control[token] for token in ids if token in markers.control})
+    wanted: Counter[int] = Counter()
+    for name, tokens in (soft or {}).items():
+        for _ in find_values(messages, name):
+            wanted += tokens
+    found = Counter(token for token in ids if token in markers.control)
+    wrong = [token for token in markers.control if found[token] != wanted[token]]
+    held += [markers.control[token] for token in sorted(wrong, key=lambda token: wanted[token] - found[token])]
     if held:
         return BadRow("control_tokens", f"the text holds {', '.join(held)}, which the model reads as control tokens")
     return None
@@ -115,15 +181,15 @@ def check_ids(ids: list[int], messages: Messages, markers: Markers, max_length: 
 class Collator:
     """Makes a training batch of examples; give it to a trainer as `data_collator`.
 
-    A batch holds input_ids, attention_mask and labels, each int64 of [rows, longest row's tokens]; labels are -100 where
-    nothing is learned.
+    A batch holds input_ids, attention_mask and labels, each int64 of [rows, longest row's tokens], and the tensors of the
+    media in its rows; labels are -100 where nothing is learned.
     """
 
     processor: Any
     multiple: int = 1  # pad rows to a multiple of so many tokens: fewer shapes, so that a compiler meets few of them
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, "torch.Tensor"]:
-        """Collate examples, each {"messages": [...]}."""
+        """Collate examples, each {"messages": [...]} with decoded parts."""
         import torch
 
         batch = tokenize_chats(

@@ -10,6 +10,7 @@ from .clean import BadRow, Quarantine
 from .collate import check_rows
 from .formats import FORMATS, ToExample, detect_format
 from .messages import Messages, check_example
+from .parts import load_parts
 from .read import read_split
 from .split import count_held_out, count_rows, hash_prompt, hold_out
 
@@ -37,21 +38,21 @@ def load_data(
         quarantine_file: where the rows set aside are written as JSON lines, for instance run.path / "quarantine.jsonl".
 
     Returns a DatasetDict with "train" and, where asked for, "validation" and "test". Reading a row gives
-    {"messages": [...]}, converted at that moment.
+    {"messages": [...]}, converted at that moment, with pictures and sound decoded.
 
     Raises:
         DataError: nothing to read, no known format, or a larger share of bad rows than data.max_bad.
     """
     from datasets import DatasetDict
 
-    quarantine = Quarantine()
+    quarantine, frames = Quarantine(), config.data.frames
     splits = {name: read_split(config, name, quarantine) for name in SPLITS}
     tables = {name: table for name, table in splits.items() if table is not None}
     to_example = to_example or find_format(config, tables["train"])
     kept: dict[str, Dataset] = {}
     hashes: dict[str, list[str]] = {}
     for name, table in tables.items():
-        good, hashes[name] = check_table(name, table, to_example, processor, config.model.max_length, quarantine)
+        good, hashes[name] = check_table(name, table, to_example, processor, config, quarantine)
         kept[name] = table.select(good)
     if quarantine_file and quarantine.rows:
         quarantine.write(quarantine_file)
@@ -62,7 +63,7 @@ def load_data(
     )
 
     def convert(batch: Mapping[str, list[Any]]) -> dict[str, list[Messages]]:
-        return {"messages": [check_example(to_example(row)) for row in decode_rows(batch)]}
+        return {"messages": [load_parts(check_example(to_example(row)), frames) for row in decode_rows(batch)]}
 
     return DatasetDict({name: table.with_transform(convert) for name, table in kept.items()})
 
@@ -88,7 +89,7 @@ def find_format(config: "Config", table: "Dataset", sample: int = 100) -> ToExam
 
 
 def check_table(
-    name: str, table: "Dataset", to_example: ToExample, processor: Any, max_length: int, quarantine: Quarantine
+    name: str, table: "Dataset", to_example: ToExample, processor: Any, config: "Config", quarantine: Quarantine
 ) -> tuple[list[int], list[str]]:
     """Convert and measure every row; return the numbers and prompt hashes of the good ones. Bad ones go to `quarantine`."""
     good: list[int] = []
@@ -106,11 +107,13 @@ def check_table(
         for offset, (row, source) in enumerate(zip(decode_rows(batch), sources, strict=True)):
             quarantine.seen += not from_text  # text rows were counted when they were read
             try:
-                found.append((start + offset, source, convert_row(to_example, row, source)))
+                found.append(
+                    (start + offset, source, load_parts(convert_row(to_example, row, source), config.data.frames))
+                )
             except BadRow as bad:
                 quarantine.add(source, bad)
         for (number, source, messages), bad_row in zip(
-            found, check_rows([m for *_, m in found], processor, max_length), strict=True
+            found, check_rows([m for *_, m in found], processor, config.model.max_length), strict=True
         ):
             if bad_row:
                 quarantine.add(source, bad_row)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .clean import BadRow
+from .parts import check_part
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant", "model": "assistant", "gpt": "assistant"}  # fmt: skip
 Messages = list[dict[str, Any]]
@@ -45,19 +46,6 @@ def check_message(message: Any) -> dict[str, Any]:
     return {"role": role, "content": [check_part(part) for part in parts]}
 
 
-def check_part(part: Any) -> dict[str, Any]:
-    """Return one part of a turn; Arrow's None for keys that other parts have is taken away."""
-    if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
-        raise BadRow("wrong_type", f"a part is {{'type': 'text', 'text': ...}}, not {repr(part)[:80]}")
-    if part["type"] != "text":
-        raise BadRow("unknown_part", f"a part of type {part['type']!r}; this version reads text")
-    if not isinstance(part.get("text"), str):
-        raise BadRow("wrong_type", f"a text part holds a string, not {type(part.get('text')).__name__}")
-    if "\0" in part["text"] or any(0xD800 <= ord(letter) <= 0xDFFF for letter in part["text"]):
-        raise BadRow("not_text", "the text holds a NUL or half a character (a lone surrogate)")
-    return {"type": "text", "text": part["text"]}
-
-
 def check_order(roles: list[str]) -> None:
     """Require system?, then user and assistant in turn, with an assistant at the end: what Gemma's template can write."""
     turns = roles[1:] if roles[:1] == ["system"] else roles
@@ -71,8 +59,8 @@ def check_order(roles: list[str]) -> None:
 
 
 def get_text(message: Mapping[str, Any]) -> str:
-    """Return the text of a turn, parts joined."""
-    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
+    """Return the text of a turn, its text parts joined."""
+    return "".join(part.get("text", "") for part in message["content"])
 
 
 def get_answer(messages: Messages) -> str:

@@ -87,7 +87,17 @@ def read_sample(path: str) -> "Dataset":
         raise DataError(
             f"data.path: there is no built-in task {name!r}. There are: {', '.join(SAMPLE + known for known in SAMPLES)}."
         )
-    return Dataset.from_list(SAMPLES[name]())
+    return leave_encoded(Dataset.from_list(SAMPLES[name]()))
+
+
+def leave_encoded(table: "Dataset") -> "Dataset":
+    """Let media columns give their bytes: decoded in `data/parts`, where a bad file costs a row and not the run."""
+    import datasets
+
+    for name, feature in table.features.items():
+        if isinstance(feature, datasets.Image | datasets.Audio | datasets.Video):
+            table = table.cast_column(name, type(feature)(decode=False))
+    return table
 
 
 def read_hub(path: str, split: str) -> "Dataset":
@@ -95,7 +105,7 @@ def read_hub(path: str, split: str) -> "Dataset":
     import datasets
 
     try:
-        return datasets.load_dataset(path, split=split)
+        return leave_encoded(datasets.load_dataset(path, split=split))
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
@@ -145,7 +155,7 @@ def read_table(path: Path) -> "Dataset":
         if kind == "arrow":
             table = Dataset.from_file(str(path))
         elif pyarrow.parquet.read_metadata(path).num_rows:
-            table = Dataset.from_parquet(str(path))
+            table = leave_encoded(Dataset.from_parquet(str(path)))
         else:  # datasets fails on such a file
             table = Dataset.from_dict({})
     except (DatasetGenerationError, pyarrow.ArrowException) as error:

@@ -1,12 +1,13 @@
 """Look at an example as a person sees it, and as the model sees it: which tokens are learned."""
 
 import html
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from .collate import Markers, mark_learned, tokenize_rows
-from .messages import get_text
+from .parts import show_part
 
 LEARNED = "background:#1b5e20;color:#ffffff;border-radius:3px;padding:1px 2px 2px;border-bottom:2px solid #ffb300"
 CONTEXT = "background:transparent;color:inherit;opacity:.75"
@@ -27,13 +28,15 @@ class Picture:
 
 
 def show_example(example: Mapping[str, Any]) -> Picture:
-    """Show the turns of one example, {"messages": [...]}."""
-    turns = [(message["role"], get_text(message)) for message in example["messages"]]
+    """Show the turns of one example, {"messages": [...]}: text, pictures, players for sound."""
+    turns = [(message["role"], [show_part(part) for part in message["content"]]) for message in example["messages"]]
     rows = "".join(
-        f"<tr><th style='text-align:left;vertical-align:top'>{role}</th><td style='text-align:left;white-space:pre-wrap'>{html.escape(text)}</td></tr>"
-        for role, text in turns
+        f"<tr><th style='text-align:left;vertical-align:top'>{role}</th>"
+        f"<td style='text-align:left'>{' '.join(html for _, html in parts)}</td></tr>"
+        for role, parts in turns
     )
-    return Picture("\n".join(f"{role}: {text}" for role, text in turns), f"<table>{rows}</table>")
+    lines = (f"{role}: {' '.join(text for text, _ in parts)}" for role, parts in turns)
+    return Picture("\n".join(lines), f"<table>{rows}</table>")
 
 
 def show_labels(example: Mapping[str, Any], processor: Any) -> Picture:
@@ -44,14 +47,22 @@ def show_labels(example: Mapping[str, Any], processor: Any) -> Picture:
     tokenizer = getattr(processor, "tokenizer", processor)
     ids = tokenize_rows([example["messages"]], processor)[0]
     learned = mark_learned(ids, Markers.find(tokenizer))
-    pieces = [
-        (tokenizer.convert_ids_to_tokens(token).replace("▁", " "), mark)
-        for token, mark in zip(ids, learned, strict=True)
-    ]
+    pieces = fold_runs(
+        [(tokenizer.convert_ids_to_tokens(t).replace("▁", " "), mark) for t, mark in zip(ids, learned, strict=True)]
+    )
     head = f"{len(ids)} tokens, {sum(learned)} learned ({sum(learned) / len(ids):.0%})"
     return Picture(
         f"{head}\n{write_spans(pieces)}", f"<p>{head}; learned ones are coloured and underlined</p>{write_html(pieces)}"
     )
+
+
+def fold_runs(pieces: list[tuple[str, bool]], longest: int = 4) -> list[tuple[str, bool]]:
+    """Write a run of equal tokens, as a picture's or a clip's soft tokens are, as one piece with their number."""
+    folded: list[tuple[str, bool]] = []
+    for (piece, mark), run in itertools.groupby(pieces):
+        number = len(list(run))
+        folded += [(f"{piece} x {number} ", mark)] if number > longest else [(piece, mark)] * number
+    return folded
 
 
 def write_spans(pieces: list[tuple[str, bool]]) -> str:

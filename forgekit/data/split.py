@@ -3,13 +3,14 @@
 import hashlib
 
 from ..errors import DataError
-from .messages import Messages, get_text
+from .messages import Messages
+from .parts import fingerprint_turn
 
 
 def hash_prompt(messages: Messages, seed: int) -> str:
-    """Return a stable hash of the turns before the first answer, case and white space folded."""
+    """Return a stable hash of the turns before the first answer: text with case and white space folded, media by content."""
     first = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    prompt = "\n".join(f"{message['role']}: {get_text(message)}" for message in messages[:first])
+    prompt = "\n".join(f"{message['role']}: {fingerprint_turn(message)}" for message in messages[:first])
     return hashlib.sha256(f"{seed}\n{' '.join(prompt.lower().split())}".encode()).hexdigest()
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..data.collate import TURN_END, tokenize_chats
-from ..data.messages import Messages, make_message
+from ..data.messages import Messages, check_message, make_message
+from ..data.parts import load_parts
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +93,8 @@ def generate_answer(
     import torch
     from transformers import TextStreamer
 
-    chat = [make_message("user", question)] if isinstance(question, str) else question
+    turns = [make_message("user", question)] if isinstance(question, str) else question
+    chat = load_parts([check_message(turn) for turn in turns])
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature else dict(GREEDY)
     )

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -119,11 +120,12 @@ def load_processor(config: Config) -> Any:
     Returns a transformers processor, or a tokenizer when the checkpoint is text only. Raises ModelError.
     """
     start_engine(config)
-    from transformers import AutoProcessor
+    from transformers import AutoConfig, AutoProcessor
 
     name = find_model(config)
     try:
         processor = AutoProcessor.from_pretrained(name, revision=config.model.revision)
+        settings = AutoConfig.from_pretrained(name, revision=config.model.revision)
     except (
         OSError,
         ValueError,
@@ -132,11 +134,25 @@ def load_processor(config: Config) -> Any:
         TypeError,
     ) as error:  # half a checkpoint trips it up anywhere
         raise explain_load_error(config, error) from error
+    note_longest_clip(processor, settings)
     if get_tokenizer(processor).chat_template is None and getattr(processor, "chat_template", None) is None:
         raise ModelError(
             f"{config.model.id} has no chat template, so turns cannot be written. Use an instruction-tuned (-it) checkpoint."
         )
     return processor
+
+
+def note_longest_clip(processor: Any, settings: Any) -> None:
+    """Note on the feature extractor how many seconds the model's soft tokens cover: 30 with the released checkpoints.
+
+    A soft token stands for frames of 10 ms, thinned out by the tower's two convolutions and its reduction factor; 8 frames
+    are left for what those convolutions look ahead (`data/parts/audio.py`).
+    """
+    audio = getattr(settings, "audio_config", None)
+    if audio is not None and hasattr(processor, "feature_extractor"):
+        frames = settings.audio_soft_tokens_per_image * audio.conf_reduction_factor
+        frames *= math.prod(stride[0] for stride in audio.sscp_conv_stride_size)
+        processor.feature_extractor.max_seconds = min(30.0, (frames - 8) / 100)
 
 
 def get_tokenizer(processor: Any) -> "PreTrainedTokenizerBase":

@@ -175,14 +175,13 @@ def test_a_mask_of_the_last_turn_alone_turns_the_table_red(processor: Any, monke
 
 
 class DoubleBos:
-    """A processor that adds its own <bos> before the one that the template wrote, as the default settings do."""
+    """A processor whose template writes a second <bos>, as a tokenizer's default settings add one."""
 
     def __init__(self, processor: Any):
         self.processor, self.tokenizer = processor, processor.tokenizer
-        self.apply_chat_template = processor.apply_chat_template
 
-    def __call__(self, **inputs: Any) -> Any:
-        return self.processor(**inputs | {"add_special_tokens": True})
+    def apply_chat_template(self, *turns: Any, **settings: Any) -> str:
+        return self.tokenizer.bos_token + self.processor.apply_chat_template(*turns, **settings)
 
 
 def test_every_row_has_exactly_one_bos_and_a_second_one_is_refused(processor: Any) -> None:

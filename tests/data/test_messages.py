@@ -90,7 +90,7 @@ def test_turns_that_cannot_be_learned_from_are_refused(messages: list, code: str
 @pytest.mark.parametrize(
     ("example", "code", "reason"),
     [
-        (part(type="image", image="a.png"), "unknown_part", "a part of type 'image'; this version reads text"),
+        (part(type="smell", smell="a.png"), "unknown_part", "a part of type 'smell'"),
         (part(type="text"), "wrong_type", "a text part holds a string, not NoneType"),
         (part(type="text", text=5), "wrong_type", "a text part holds a string, not int"),
         (part(text="no type"), "wrong_type", "a part is {'type': 'text', 'text': ...}"),
