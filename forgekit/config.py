@@ -101,7 +101,7 @@ SECTIONS: dict[str, type[Section]] = {
     "export": Export,
 }
 NAMES = [f"{section}.{name}" for section, fields in SECTIONS.items() for name in fields.model_fields]
-GROUPS = ("attention", "mlp", "vision", "audio")
+GROUPS = ("attention", "mlp", "vision", "vision_tower", "audio")
 
 
 def load_config(recipe: str | Path | None = None, settings: Settings = None, origin: str | None = None) -> Config:

@@ -91,7 +91,10 @@ class Model(Section):
 class Adapter(Section):
     """What learns: the low-rank matrices beside the chosen layers."""
 
-    layers: Names = setting(("attention", "mlp"), "groups that learn: attention, mlp (language model), vision, audio")
+    layers: Names = setting(
+        ("attention", "mlp"),
+        "groups that learn: attention, mlp (language model), vision (the projection of pictures), vision_tower (its convolutions), audio",
+    )
     r: int = setting(16, "rank of the added matrices: 8, 16, 32, 64; more learns more and costs memory", ge=1, le=1024)
     lora_alpha: float = setting(16, "scale of the adapter: its output is multiplied by lora_alpha / r", gt=0)
     lora_dropout: float = setting(0.0, "share of the adapter's inputs dropped while training", ge=0, lt=1)

@@ -34,11 +34,13 @@ def choose_style(values: Iterable[Any]) -> str:
 
 def write_row(tag: str, values: Iterable[Any], styles: list[str]) -> str:
     """Return one row as HTML."""
-    cells = [
-        f"<{tag} style='{style}'>{html.escape(write_value(value))}</{tag}>"
-        for value, style in zip(values, styles, strict=True)
-    ]
+    cells = [f"<{tag} style='{style}'>{write_html(value)}</{tag}>" for value, style in zip(values, styles, strict=True)]
     return f"<tr>{''.join(cells)}</tr>"
+
+
+def write_html(value: Any) -> str:
+    """Return what a value shows in a notebook: its own HTML, or its text."""
+    return value._repr_html_() if hasattr(type(value), "_repr_html_") else html.escape(write_value(value))
 
 
 def write_value(value: Any) -> str:

@@ -16,12 +16,14 @@ from ..model.load import start_engine
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# group -> names of the Linear modules it stands for, behind any prefix
+# group -> names of the modules it stands for, behind any prefix
 GROUPS = {
     "attention": r"layers\.\d+\.self_attn\.(?:q|k|v|o)_proj",
     "mlp": r"layers\.\d+\.mlp\.(?:gate|up|down)_proj",
     # MobileNetV5 consists of convolutions, so Linear-only LoRA reaches one module of the picture side: its projection
     "vision": r"embed_vision\.embedding_projection",
+    # its plain convolutions; the grouped ones (depth-wise) need a rank that their groups divide and cannot be merged
+    "vision_tower": r"vision_tower\..*\.(?:conv_exp|conv_pwl|(?:pw_exp|pw_proj)\.conv|(?:query|key|value|output)\.proj)",
     "audio": r"(?:audio_tower\..*(?:ffw_layer_1|ffw_layer_2|q_proj|k_proj|v_proj|pos_proj|post|linear_start|linear_end|input_proj_linear)|embed_audio\.embedding_projection)",
 }
 TOWERS = {"vision": ("vision_tower", "embed_vision"), "audio": ("audio_tower", "embed_audio")}

@@ -29,14 +29,18 @@ class Picture:
 
 def show_example(example: Mapping[str, Any]) -> Picture:
     """Show the turns of one example, {"messages": [...]}: text, pictures, players for sound."""
-    turns = [(message["role"], [show_part(part) for part in message["content"]]) for message in example["messages"]]
+    turns = [(message["role"], show_turn(message)) for message in example["messages"]]
     rows = "".join(
-        f"<tr><th style='text-align:left;vertical-align:top'>{role}</th>"
-        f"<td style='text-align:left'>{' '.join(html for _, html in parts)}</td></tr>"
-        for role, parts in turns
+        f"<tr><th style='text-align:left;vertical-align:top'>{role}</th><td style='text-align:left'>{turn.html}</td></tr>"
+        for role, turn in turns
     )
-    lines = (f"{role}: {' '.join(text for text, _ in parts)}" for role, parts in turns)
-    return Picture("\n".join(lines), f"<table>{rows}</table>")
+    return Picture("\n".join(f"{role}: {turn.text}" for role, turn in turns), f"<table>{rows}</table>")
+
+
+def show_turn(message: Mapping[str, Any]) -> Picture:
+    """Show the parts of one turn."""
+    parts = [show_part(part) for part in message["content"]]
+    return Picture(" ".join(text for text, _ in parts), " ".join(html for _, html in parts))
 
 
 def show_labels(example: Mapping[str, Any], processor: Any) -> Picture:

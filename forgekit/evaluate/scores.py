@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import Config
 from ..data.collate import IGNORE, Collator
 from ..data.messages import get_answer, get_text
+from ..data.show import show_turn
 from ..run_folder import write_json
 from .generate import generate_answers, inference
 
@@ -132,18 +133,28 @@ def compare_scores(before: Scores, after: Scores) -> "pandas.DataFrame":
     return Table(table.round(3))
 
 
-def show_answers(before: Scores, after: Scores, number: int = 5) -> "pandas.DataFrame":
-    """Return the first rows as a table: question, right answer, answer before, answer after, and whether it is right now."""
+def show_answers(
+    before: Scores, after: Scores, dataset: "Dataset | None" = None, number: int = 5
+) -> "pandas.DataFrame":
+    """Return the first rows as a table: question, right answer, answer before, answer after, and whether it is right now.
+
+    Args:
+        dataset: the rows that were scored; with it the question is shown whole, with its pictures and players.
+    """
     from ..table import Table
 
+    number = min(number, len(after.rows))
+    questions: list[Any] = [row["question"] for row in after.rows[:number]]
+    if dataset is not None:
+        questions = [show_turn(dataset[i]["messages"][-2]) for i in range(number)]
     rows = [
         {
-            "question": a["question"],
+            "question": question,
             "right answer": a["reference"],
             "before": b["prediction"],
             "after": a["prediction"],
             "right": "yes" if a["right"] else "no",
         }
-        for b, a in zip(before.rows[:number], after.rows[:number], strict=True)
+        for question, b, a in zip(questions, before.rows[:number], after.rows[:number], strict=True)
     ]
     return Table(rows)
