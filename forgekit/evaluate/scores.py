@@ -134,7 +134,7 @@ def compare_scores(before: Scores, after: Scores) -> "pandas.DataFrame":
 
 
 def show_answers(
-    before: Scores, after: Scores, dataset: "Dataset | None" = None, number: int = 5
+    before: Scores, after: Scores, number: int = 5, dataset: "Dataset | None" = None
 ) -> "pandas.DataFrame":
     """Return the first rows as a table: question, right answer, answer before, answer after, and whether it is right now.
 
