@@ -87,10 +87,13 @@ def main(arguments: list[str] | None = None) -> int:
 def init(options: argparse.Namespace) -> int:
     """Copy notebooks and recipes."""
     from .project import init_project
+    from .runs.summary import find_command
 
     for file in init_project(options.dir):
         print(file)
-    print(f"\nNext: cd {shlex.quote(str(options.dir))} && forgekit run notebooks/01_text.ipynb   (or: forgekit lab)")
+    print(
+        f"\nNext: cd {shlex.quote(str(options.dir))} && {find_command()} run notebooks/01_text.ipynb   (or: {find_command()} lab)"
+    )
     return 0
 
 

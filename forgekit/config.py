@@ -223,9 +223,17 @@ def find_conflicts(config: Config) -> list[str]:
             f"train.save_steps ({config.train.save_steps}) must be a multiple of train.eval_steps ({config.train.eval_steps}), "
             "so that the best checkpoint is one that was scored."
         )
+    if config.train.max_steps == 0:
+        problems.append(
+            "train.max_steps is 0, so nothing would be learned. Set a number of steps, or -1 for num_train_epochs."
+        )
     if config.adapter.path and config.model.load_in == "full":
         problems.append(
             "adapter.path continues an adapter, and model.load_in: full has none. Set load_in to 16bit or 4bit."
+        )
+    if not config.export.formats:
+        problems.append(
+            "export.formats is empty, so nothing of the training would be kept. Name adapter, merged or both."
         )
     if "adapter" in config.export.formats and config.model.load_in == "full":
         problems.append(

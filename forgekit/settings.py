@@ -114,7 +114,9 @@ class Train(Section):
     gradient_accumulation_steps: int = setting(4, "forward passes added up before one optimiser step", ge=1)
     learning_rate: float = setting(2e-4, "peak step size; lower it when the loss does not fall", gt=0, le=1)
     warmup_steps: float = setting(5, "steps until the peak; below 1 it is a share of all steps", ge=0)
-    max_steps: int | None = setting(None, "stop after so many optimiser steps, whatever num_train_epochs says", ge=1)
+    max_steps: int | None = setting(
+        None, "stop after so many optimiser steps, whatever num_train_epochs says; -1: no such limit", ge=-1
+    )
     num_train_epochs: float = setting(1, "passes over the training rows", gt=0)
     optim: str = setting(
         "auto", "auto: adamw_8bit where bitsandbytes has a GPU, else adamw_torch; or any name transformers knows"

@@ -16,6 +16,7 @@ from forgekit.doctor import BAD, NOTE, OK, Finding
 from forgekit.errors import ConfigError
 from forgekit.run_folder import Run, read_json
 from forgekit.runs import headless
+from forgekit.runs.summary import find_command
 
 PARAMETERS = 'recipe: str = "recipe.yaml"\nsettings: dict = {}\nrun_name: str = ""'
 START = """
@@ -110,7 +111,7 @@ def test_init_copies_notebooks_and_recipes_and_says_what_next(
         assert (Path("my work") / name).read_bytes() == (project_folder / name).read_bytes()
     printed = capsys.readouterr().out
     assert set(printed.split("\n\n")[0].splitlines()) == {str(p) for p in Path("my work").rglob("*") if p.is_file()}
-    assert "Next: cd 'my work' && forgekit run notebooks/01_text.ipynb" in printed
+    assert f"Next: cd 'my work' && {find_command()} run notebooks/01_text.ipynb" in printed
 
 
 def test_init_writes_nothing_over(capsys: pytest.CaptureFixture) -> None:
@@ -424,3 +425,42 @@ def test_the_module_is_the_command(project_folder: Path) -> None:
     done = subprocess.run(command, cwd=project_folder, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("forgekit: notebook nothing.ipynb does not exist.")
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> dict:
+    """What a notebook would have been executed with."""
+    seen: dict = {}
+    monkeypatch.setattr(
+        headless, "execute", lambda notebook, output, parameters: (seen.update(parameters), ("completed", None))[1]
+    )
+    return seen
+
+
+def test_the_notebook_s_own_settings_and_name_are_heeded_and_set_is_stronger(given: dict) -> None:
+    own = 'recipe: str = "recipe.yaml"\nsettings: dict = {"train.seed": 5, "adapter.r": 4}\nrun_name: str = "mine"'
+    assert main(["run", str(write_notebook(own, START, END)), "--set", "train.seed=9"]) == 0
+    assert (given["settings"], given["run_name"]) == ({"train.seed": 9, "adapter.r": 4}, "mine")
+    assert Path("runs/mine/run.json").is_file()
+
+
+def test_a_wrong_setting_in_the_notebook_is_found_before_the_kernel(
+    no_kernel: None, capsys: pytest.CaptureFixture
+) -> None:
+    own = PARAMETERS.replace("{}", '{"train.sed": 5}')
+    assert main(["run", str(write_notebook(own, START, END))]) == 2
+    assert "train.sed: no such setting (from notebook). Did you mean train.seed?" in capsys.readouterr().err
+
+
+def test_files_are_those_of_the_folder_one_stands_in(given: dict, own_folder: Path) -> None:
+    Path("rows.jsonl").write_text("{}")
+    Path("lora").mkdir()
+    notebook = write_notebook(PARAMETERS, START, END)
+    assert (
+        main(["run", str(notebook), "--set", "data.path=rows.jsonl", "adapter.path=lora", "model.id=some/model"]) == 0
+    )
+    assert given["settings"] == {
+        "data.path": str(own_folder / "rows.jsonl"),
+        "adapter.path": str(own_folder / "lora"),
+        "model.id": "some/model",
+    }

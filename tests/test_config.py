@@ -357,7 +357,7 @@ def test_settings_of_the_wrong_shape_are_refused(settings: Any, message: str) ->
         ({"train.learning_rate": 0}, "it should be greater than 0."),
         ({"adapter.lora_dropout": 1}, "it should be less than 1."),
         ({"adapter.r": 0}, "it should be greater than or equal to 1."),
-        ({"train.max_steps": 0}, "it should be greater than or equal to 1."),
+        ({"train.max_steps": -2}, "it should be greater than or equal to -1."),
         ({"train.seed": 2**32}, "it should be less than 4294967296."),
         ({"model.max_length": -1}, "it should be greater than 0. Meaning: longest row in tokens"),
         ({"model.max_length": 0}, "it should be greater than 0."),
@@ -412,3 +412,9 @@ def test_flatten_and_the_dump_of_a_config_agree() -> None:
     flat = flatten(load_config().model_dump())
     assert list(flat) == NAMES
     assert load_config(None, flat).model_dump() == load_config().model_dump()
+
+
+def test_nothing_to_learn_and_nothing_to_keep_are_refused() -> None:
+    problems = problems_of({"train.max_steps": 0, "export.formats": []})
+    assert [problem.split(" ")[0] for problem in problems] == ["export.formats", "train.max_steps"]
+    assert load_config(None, {"train.max_steps": -1}).train.max_steps == -1

@@ -39,7 +39,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Any:
         (H200, {}, "unsloth"),
         (T4, {}, "unsloth"),
         (CPU, {"model.load_in": "16bit"}, "huggingface"),
-        (CPU, {"model.load_in": "full"}, "huggingface"),
+        (CPU, {"model.load_in": "full", "export.formats": ["merged"]}, "huggingface"),
         (CPU, {"model.load_in": "16bit", "model.engine": "unsloth"}, "unsloth"),
         (H200, {"model.engine": "huggingface"}, "huggingface"),
         (H200, {"model.device": "cpu", "model.load_in": "16bit"}, "huggingface"),

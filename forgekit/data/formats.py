@@ -73,10 +73,17 @@ FORMATS: dict[str, tuple[tuple[tuple[str, ...], ...], ToExample]] = {
 
 
 def detect_format(rows: list[dict[str, Any]]) -> str:
-    """Return the name of the first format whose columns every row of the sample has. Raises DataError naming the columns."""
-    for name, (columns, _) in FORMATS.items():
-        if rows and all(any(choice in row for choice in choices) for row in rows for choices in columns):
-            return name
+    """Return the name of the format whose columns most rows of the sample have, if that is more than half of them.
+
+    The others are set aside later, each with its reason. Raises DataError naming the columns when no format fits.
+    """
+    fitting = {
+        name: sum(all(any(choice in row for choice in choices) for choices in columns) for row in rows)
+        for name, (columns, _) in FORMATS.items()
+    }
+    best = max(fitting, key=lambda name: fitting[name])
+    if 2 * fitting[best] > len(rows):
+        return best
     found = ", ".join(sorted({key for row in rows for key in row})) or "none"
     known = "; ".join(
         f"{name}: {', '.join('/'.join(choices) for choices in columns)}" for name, (columns, _) in FORMATS.items()

@@ -135,7 +135,8 @@ def convert_row(to_example: ToExample, row: dict[str, Any], source: str) -> Mess
         raise
     except KeyError as error:
         raise DataError(
-            f"to_example needs the column {error}, which the row at {source} does not have. It has: {', '.join(row)}."
+            f"to_example needs the column {error}, which the row at {source} does not have. It has: {', '.join(row)}. "
+            "Change to_example in the notebook, or put to_example = None there to let the format be found."
         ) from error
     except Exception as error:  # it is the user's function, so anything can be wrong in it
         raise DataError(

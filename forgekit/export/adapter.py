@@ -25,6 +25,7 @@ def export_adapter(
         )
     # the name that the recipe has, so that the files do not depend on a path of this machine
     model.peft_config["default"].base_model_name_or_path = config.model.id
+    model.peft_config["default"].revision = config.model.revision
     model.save_pretrained(str(folder), save_embedding_layers=False)  # LoRA leaves the vocabulary as it is
     processor.save_pretrained(str(folder))
     write_card(folder, config, "adapter", scores)
@@ -63,10 +64,9 @@ def load_export(folder: Path | str, config: Config | None = None) -> tuple[Any, 
     """
     folder = Path(folder)
     adapter = folder / "adapter_config.json"
-    name = (
-        json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else str(folder)
-    )
-    settings: dict[str, Any] = {"model.id": name}
+    saved = json.loads(adapter.read_text(encoding="utf-8")) if adapter.is_file() else {}
+    settings: dict[str, Any] = {"model.id": saved.get("base_model_name_or_path", str(folder))}
+    settings["model.revision"] = saved.get("revision")
     if config is None or config.model.load_in == "full":
         settings["model.load_in"] = "16bit"
     model, processor = load_model((config or load_config()).change(settings, "export"))

@@ -73,6 +73,11 @@ def merge_shards(model: Any, base: Path, folder: Path) -> None:
     from safetensors import safe_open
     from safetensors.torch import save_file
 
+    settings = base / "config.json"
+    if settings.is_file() and "quantization_config" in json.loads(settings.read_text(encoding="utf-8")):
+        raise ExportError(
+            f"{base} holds quantised weights, and a merge needs the 16-bit ones. Train on the 16-bit checkpoint's id; load_in: 4bit quantises it while loading."
+        )
     shards = sorted(base.glob("*.safetensors"))
     if not shards:
         raise ExportError(f"{base} holds no safetensors files to merge into.")
@@ -96,7 +101,6 @@ def merge_shards(model: Any, base: Path, folder: Path) -> None:
     for name in (*BESIDE, "model.safetensors.index.json"):
         if (base / name).is_file():
             shutil.copy(base / name, folder / name)
-    drop_quantisation(folder / "config.json")
 
 
 def adapter_modules(model: Any) -> dict[str, Any]:
@@ -120,10 +124,3 @@ def add_delta(weight: "torch.Tensor", module: Any) -> "torch.Tensor":
         magnitude = module.lora_magnitude_vector["default"].weight.float().cpu()
         return (magnitude / torch.linalg.norm(merged, dim=1)).unsqueeze(1).mul(merged).to(weight.dtype)
     return (weight.float() + module.get_delta_weight("default").float().cpu()).to(weight.dtype)
-
-
-def drop_quantisation(path: Path) -> None:
-    """Take quantization_config out of a copied config.json: the merged weights are 16 bit."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if config.pop("quantization_config", None) is not None:
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

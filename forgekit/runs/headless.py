@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..config import PARAMETERS, load_config
+from ..config import PARAMETERS, load_config, read_settings
 from ..environment import set_environment
 from ..errors import ConfigError, RunError
 from ..recipe import find_recipe
@@ -35,11 +35,14 @@ def run_notebook(notebook: Path, recipe: str | None, settings: Mapping[str, Any]
     parameters = find_parameters(notebook)
     if not recipe and parameters["recipe"]:
         recipe = str(find_recipe(parameters["recipe"], notebook.parent))
-    config = load_config(recipe, settings, origin="--set")
-    name = check_name(name or datetime.now().strftime("%Y%m%d-%H%M%S"))
+    settings = find_here(settings)
+    own = load_config(recipe, parameters["settings"], origin="notebook")
+    config = own.change(settings, "--set")
+    name = check_name(name or parameters["run_name"] or datetime.now().strftime("%Y%m%d-%H%M%S"))
     path = find_run_root(config.recipe) / name
     check_unused(path)
-    given = {"recipe": str(config.recipe or ""), "settings": dict(settings), "run_name": name}
+    together = read_settings(parameters["settings"]) | settings  # papermill replaces the notebook's own
+    given = {"recipe": str(config.recipe or ""), "settings": together, "run_name": name}
     run = Run(path, {"name": name, "state": "running", "pid": os.getpid(), "started_at": now()})
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -49,6 +52,7 @@ def run_notebook(notebook: Path, recipe: str | None, settings: Mapping[str, Any]
             f"the run's folder {path} cannot be written: {error.strerror}. Set FORGEKIT_RUNS to a folder that can."
         ) from None
     print(f"Run {name}: {notebook.name}, recipe {config.recipe or 'none'}\n        {path}", flush=True)
+    print("Starting the kernel; the libraries take some seconds to import.", flush=True)
     state: str = "failed"
     failure: str | None = "the notebook could not be executed"
     try:
@@ -61,6 +65,20 @@ def run_notebook(notebook: Path, recipe: str | None, settings: Mapping[str, Any]
     if (path / "notebook.ipynb").exists():
         write_html(path / "notebook.ipynb", path / "notebook.html")
     return run
+
+
+# settings that may name a file or folder
+PATHS = ("data.path", "data.train", "data.validation", "data.test", "model.id", "adapter.path", "train.status_file")
+
+
+def find_here(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings with files and folders of the current folder made absolute: the kernel runs in the notebook's."""
+    found = read_settings(settings)
+    for name in PATHS:
+        value = found.get(name)
+        if isinstance(value, str) and value and Path(value).expanduser().exists():
+            found[name] = str(Path(value).expanduser().absolute())
+    return found
 
 
 def find_parameters(notebook: Path) -> dict[str, Any]:

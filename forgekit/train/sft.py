@@ -120,7 +120,7 @@ def make_arguments(config: Config, engine: str, run: Run) -> "SFTConfig":
             gradient_accumulation_steps=train.gradient_accumulation_steps,
             learning_rate=train.learning_rate,
             warmup_steps=train.warmup_steps,
-            max_steps=train.max_steps or -1,
+            max_steps=-1 if train.max_steps is None else train.max_steps,
             num_train_epochs=train.num_train_epochs,
             optim=choose_optimizer(config),
             weight_decay=train.weight_decay,

@@ -127,3 +127,10 @@ def test_unknown_columns_are_named_beside_the_known_formats_and_the_remedy(rows:
     assert message.endswith(
         "Define to_example(row) in the notebook, which returns {'messages': [...]}, or set data.format."
     )
+
+
+def test_one_row_of_another_shape_does_not_hide_the_format() -> None:
+    rows = [{"prompt": "1?", "completion": "2"}] * 3
+    assert detect_format([*rows, {"prompt": "no answer"}]) == "prompt_completion"
+    with pytest.raises(DataError, match="fit no known format"):
+        detect_format([rows[0], {"prompt": "no answer"}])

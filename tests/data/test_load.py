@@ -182,7 +182,8 @@ def test_a_column_that_to_example_misses_is_named_with_the_row_and_its_columns(l
             }
         )
     assert str(caught.value) == (
-        "to_example needs the column 'prompt', which the row at rows.jsonl:3 does not have. It has: question, answer."
+        "to_example needs the column 'prompt', which the row at rows.jsonl:3 does not have. It has: question, answer. "
+        "Change to_example in the notebook, or put to_example = None there to let the format be found."
     )
 
 

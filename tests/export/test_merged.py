@@ -196,8 +196,8 @@ def test_an_adapter_for_weights_that_the_base_lacks_is_refused(
         merged.merge_shards(model, other, tmp_path / "merged")
 
 
-def test_quantisation_settings_of_the_base_are_not_carried_over(tmp_path: Path) -> None:
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps({"model_type": "gemma3n", "quantization_config": {"load_in_4bit": True}}))
-    merged.drop_quantisation(path)
-    assert json.loads(path.read_text()) == {"model_type": "gemma3n"}
+def test_a_base_whose_weights_are_quantised_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"load_in_4bit": True}}))
+    with pytest.raises(ExportError, match="holds quantised weights, and a merge needs the 16-bit ones"):
+        merged.merge_shards(None, tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

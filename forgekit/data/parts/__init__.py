@@ -6,7 +6,7 @@ A kind's file says
     load(part, frames)        the parts that the model is given, decoded: itself, or a film's pictures and sound
     FEED                      how decoded parts reach the model, or None for text
     show(part)                (text, HTML) for a person
-    fingerprint(part)         a text that is equal for equal content, of a decoded part
+    fingerprint(part)         a text that is equal for equal content, of a decoded part (a film is decoded into others)
 
 and a feed says which placeholder the chat template writes, which tokens it stands for, and how values become tensors.
 """

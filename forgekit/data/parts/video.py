@@ -17,6 +17,10 @@ def check(part: Mapping[str, Any]) -> dict[str, Any]:
     source = part.get("video", part.get("path"))
     if isinstance(source, Mapping):
         source = source.get("bytes") or source.get("path")
+    if isinstance(source, str) and "://" in source:
+        raise BadRow(
+            "url", f"a film at an address ({source[:80]}); fetch it first, so that a run does not depend on the network"
+        )
     if not isinstance(source, str | Path | bytes):
         raise BadRow("wrong_type", f"a film is a path or bytes, not {type(source).__name__}")
     return {"type": "video", "video": source, "sound": bool(part.get("sound", False))}
