@@ -83,7 +83,7 @@ def test_a_missing_recipe(project_folder: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(project_folder)
     with pytest.raises(ConfigError) as caught:
         load_config("params/txt.yaml")
-    check_sentence(caught.value, "There are: text.yaml, text_quick.yaml")
+    check_sentence(caught.value, "There are: ", "text.yaml, text_quick.yaml")
 
 
 # ---- parameters ------------------------------------------------------------------------------------------------------
