@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Config
 from ..errors import ConfigError, ModelError
-from ..model.load import start_engine
+from ..model.load import choose_unsloth_checkpointing, start_engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,24 +67,20 @@ def add_adapter(model: "PreTrainedModel", config: Config) -> Any:
     return learner
 
 
+def describe_lora(config: Config) -> dict[str, Any]:
+    """Return the adapter's settings under the names that PEFT and Unsloth share."""
+    names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
+    shared = {name: getattr(config.adapter, name) for name in names}
+    return {**shared, "target_modules": write_target_regex(config.adapter.layers), "bias": "none"}
+
+
 def add_peft_adapter(model: "PreTrainedModel", config: Config) -> Any:
     """Add the adapter with PEFT alone."""
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
-    adapter = config.adapter
     set_seed(config.train.seed)
-    settings = LoraConfig(
-        r=adapter.r,
-        lora_alpha=adapter.lora_alpha,
-        lora_dropout=adapter.lora_dropout,
-        use_rslora=adapter.use_rslora,
-        use_dora=adapter.use_dora,
-        target_modules=write_target_regex(adapter.layers),
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, settings)
+    return get_peft_model(model, LoraConfig(**describe_lora(config), task_type="CAUSAL_LM"))
 
 
 def add_unsloth_adapter(model: "PreTrainedModel", config: Config) -> Any:
@@ -94,20 +90,11 @@ def add_unsloth_adapter(model: "PreTrainedModel", config: Config) -> Any:
     """
     from unsloth import FastModel
 
-    adapter = config.adapter
     return FastModel.get_peft_model(
         model,
-        r=adapter.r,
-        lora_alpha=adapter.lora_alpha,
-        lora_dropout=adapter.lora_dropout,
-        use_rslora=adapter.use_rslora,
-        use_dora=adapter.use_dora,
-        target_modules=write_target_regex(adapter.layers),
-        bias="none",
+        **describe_lora(config),
         random_state=config.train.seed,
-        use_gradient_checkpointing={"auto": "unsloth", "on": "unsloth", "off": False}[
-            config.train.gradient_checkpointing
-        ],
+        use_gradient_checkpointing=choose_unsloth_checkpointing(config),
     )
 
 

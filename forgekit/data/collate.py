@@ -49,6 +49,11 @@ class Markers:
         return cls((ids[0], *role), ids[1], tokenizer.bos_token_id, control)
 
 
+def get_tokenizer(processor: Any) -> Any:
+    """Return the tokenizer of a processor, or the tokenizer itself, which is all that a text-only checkpoint has."""
+    return getattr(processor, "tokenizer", processor)
+
+
 def render_chat(messages: Messages, processor: Any, answer: bool = True) -> str:
     """Write turns through the model's chat template; without `answer` the last turn is left off and the model's begun."""
     turns = messages if answer else messages[:-1]
@@ -71,7 +76,7 @@ def write_sequences(text: str, processor: Any) -> str:
 def tokenize_texts(chats: list[Messages], processor: Any, answer: bool = True, **padding: Any) -> dict[str, Any]:
     """Turn chats into input_ids and attention_mask; the template has written <bos>, so none is added."""
     texts = [write_sequences(render_chat(messages, processor, answer), processor) for messages in chats]
-    tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer = get_tokenizer(processor)
     return dict(tokenizer(texts, add_special_tokens=False, return_token_type_ids=False, **padding))
 
 
@@ -116,7 +121,7 @@ def check_rows(chats: list[Messages], processor: Any, max_length: int) -> list[B
     """Measure rows as they will be trained on; return for each what is wrong with it, or None."""
     if not chats:
         return []
-    tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer = get_tokenizer(processor)
     markers, soft = Markers.find(tokenizer), count_soft_tokens(processor)
     return [
         check_media(messages, processor) or check_ids(ids, messages, markers, max_length, soft)
@@ -126,7 +131,7 @@ def check_rows(chats: list[Messages], processor: Any, max_length: int) -> list[B
 
 def count_soft_tokens(processor: Any) -> dict[str, Counter[int]]:
     """Return, for each kind that the model takes, how often each token stands in the sequence of one value."""
-    tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer = get_tokenizer(processor)
     pairs = {name: feed.tokens(processor) for name, feed in FEEDS.items()}
     return {
         name: Counter(tokenizer(pair[1], add_special_tokens=False).input_ids) for name, pair in pairs.items() if pair
@@ -199,7 +204,7 @@ class Collator:
             pad_to_multiple_of=self.multiple,
             return_tensors="pt",
         )
-        markers = Markers.find(getattr(self.processor, "tokenizer", self.processor))
+        markers = Markers.find(get_tokenizer(self.processor))
         learned = torch.tensor([mark_learned(row, markers) for row in batch["input_ids"].tolist()])
         batch["labels"] = batch["input_ids"].masked_fill(~learned, IGNORE)
         return batch

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .collate import Markers, mark_learned, tokenize_rows
+from .collate import Markers, get_tokenizer, mark_learned, tokenize_rows
 from .parts import show_part
 
 LEARNED = "background:#1b5e20;color:#ffffff;border-radius:3px;padding:1px 2px 2px;border-bottom:2px solid #ffb300"
@@ -48,7 +48,7 @@ def show_labels(example: Mapping[str, Any], processor: Any) -> Picture:
 
     The tokens and the choice are the ones that the training batch has: both come from `data/collate.py`.
     """
-    tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer = get_tokenizer(processor)
     ids = tokenize_rows([example["messages"]], processor)[0]
     learned = mark_learned(ids, Markers.find(tokenizer))
     pieces = fold_runs(

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..data.collate import TURN_END, tokenize_chats
+from ..data.collate import TURN_END, get_tokenizer, tokenize_chats
 from ..data.messages import Messages, check_message, make_message
 from ..data.parts import load_parts
 
@@ -54,7 +54,7 @@ def generate_answers(
 
     Returns one trimmed text a chat, special tokens removed.
     """
-    tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer = get_tokenizer(processor)
     batch = tokenize_chats(chats, processor, answer=False, padding=True, padding_side="left", return_tensors="pt")
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     with inference(model):
@@ -99,9 +99,7 @@ def generate_answer(
         {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature else dict(GREEDY)
     )
     if stream:
-        sampling["streamer"] = TextStreamer(
-            getattr(processor, "tokenizer", processor), skip_prompt=True, skip_special_tokens=True
-        )
+        sampling["streamer"] = TextStreamer(get_tokenizer(processor), skip_prompt=True, skip_special_tokens=True)
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)

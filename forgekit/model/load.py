@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config
+from ..data.collate import get_tokenizer
 from ..environment import set_environment
 from ..errors import ModelError
 from ..hardware import choose_device, choose_dtype, choose_engine, detect_hardware
 from .timm_args import restore_model_args
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 BUILT_IN = {"tiny": Path(__file__).parent / "tiny"}  # ids that stand for a packaged folder
 # Modules that stay in 16 bit under 4-bit and 8-bit loading: AltUp clamps its weights in place, which would destroy packed
@@ -155,11 +156,6 @@ def note_longest_clip(processor: Any, settings: Any) -> None:
         processor.feature_extractor.max_seconds = min(30.0, (frames - 8) / 100)
 
 
-def get_tokenizer(processor: Any) -> "PreTrainedTokenizerBase":
-    """Return the tokenizer of a processor, or the tokenizer itself."""
-    return getattr(processor, "tokenizer", processor)
-
-
 def load_model(config: Config) -> tuple["PreTrainedModel", Any]:
     """Load weights and processor as `config.model` says.
 
@@ -190,11 +186,15 @@ def load_model(config: Config) -> tuple["PreTrainedModel", Any]:
     return model, processor
 
 
+def choose_unsloth_checkpointing(config: Config) -> str | bool:
+    """Return `train.gradient_checkpointing` as Unsloth's functions take it: its own kind, or none."""
+    return False if config.train.gradient_checkpointing == "off" else "unsloth"
+
+
 def load_unsloth(config: Config, name: str, dtype: Any) -> "PreTrainedModel":
     """Load through unsloth.FastModel, with its own gradient checkpointing."""
     from unsloth import FastModel
 
-    checkpointing = {"auto": "unsloth", "on": "unsloth", "off": False}[config.train.gradient_checkpointing]
     model, _ = FastModel.from_pretrained(
         name,
         max_seq_length=config.model.max_length,
@@ -203,7 +203,7 @@ def load_unsloth(config: Config, name: str, dtype: Any) -> "PreTrainedModel":
         load_in_8bit=config.model.load_in == "8bit",
         load_in_16bit=config.model.load_in == "16bit",
         full_finetuning=config.model.load_in == "full",
-        use_gradient_checkpointing=checkpointing,
+        use_gradient_checkpointing=choose_unsloth_checkpointing(config),
         random_state=config.train.seed,
         revision=config.model.revision,
     )
