@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BUILT_IN = {"tiny": Path(__file__).parent / "tiny"}  # ids that stand for a packaged folder
-# Modules that stay in 16 bit under 4-bit and 8-bit loading: AltUp clamps its weights in place, which would destroy packed
-# ones; the towers are small beside the language model and lose most.
-KEEP_16BIT = ["altup", "altup_projections", "altup_unembed_projections", "lm_head", "per_layer_model_projection", "vision_tower", "audio_tower", "embed_vision", "embed_audio"]  # fmt: skip
+# Modules that stay in 16 bit under 4-bit and 8-bit loading: AltUp clamps its weights in place, which packed ones cannot take;
+# the towers are small beside the language model and lose most. Patterns, because transformers compares each with the start
+# or the end of a module's whole name.
+KEEP_16BIT = [rf".*\b{name}\b" for name in ("altup", "altup_projections", "altup_unembed_projections", "lm_head", "per_layer_model_projection", "vision_tower", "audio_tower", "embed_vision", "embed_audio")]  # fmt: skip
 
 
 def start_engine(config: Config) -> str:

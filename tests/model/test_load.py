@@ -136,3 +136,39 @@ def test_an_unsloth_that_cannot_be_imported_names_the_remedy(make_config: Any, m
     monkeypatch.setattr("forgekit.model.load.sys", types.SimpleNamespace(modules={}))
     with pytest.raises(ModelError, match=r"Unsloth cannot be imported here: .* or set model.engine: huggingface"):
         start_engine(make_config({"model.engine": "unsloth"}))
+
+
+def test_no_altup_layer_and_no_tower_is_packed_in_4_bit(make_config: Any) -> None:
+    """transformers matches a name to skip at the start or the end of a module's name only."""
+    import torch
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    from forgekit.model.load import KEEP_16BIT
+
+    model, _ = load_model(make_config())
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    packed = [name for name in linear if should_convert_module(name, KEEP_16BIT)]
+    inside = [name for name in packed if ".language_model.layers." in name]
+    assert packed and packed == inside
+    assert {name.split(".layers.")[1].split(".")[1] for name in packed} == {
+        "self_attn",
+        "mlp",
+        "laurel",
+        "per_layer_input_gate",
+        "per_layer_projection",
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("load_in", ["4bit", "8bit"])
+def test_a_packed_model_trains_on_a_gpu(make_config: Any, load_in: str) -> None:
+    import math
+
+    from forgekit import add_adapter, load_data, sft_trainer, start_run
+
+    settings = {"model.load_in": load_in, "model.device": "cuda", "adapter.layers": ["attention", "mlp"]}
+    config = make_config(settings)
+    run = start_run(config, "packed")
+    model, processor = load_model(config)
+    trainer = sft_trainer(add_adapter(model, config), processor, load_data(config, processor), config, run)
+    assert math.isfinite(trainer.train().training_loss)
