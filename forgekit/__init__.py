@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # the table of contents, in order of flow
     # data
     from .model.load import load_processor as load_processor
     from .data.load import load_data as load_data
+    from .data.audit import audit_data as audit_data
     from .data.show import show_example as show_example
     from .data.show import show_labels as show_labels
 
@@ -62,6 +63,7 @@ CONTENTS = {
     # data
     "load_processor": "model.load",
     "load_data": "data.load",
+    "audit_data": "data.audit",
     "show_example": "data.show",
     "show_labels": "data.show",
     # model

@@ -11,6 +11,8 @@ from .parts import show_part
 
 LEARNED = "background:#1b5e20;color:#ffffff;border-radius:3px;padding:1px 2px 2px;border-bottom:2px solid #ffb300"
 CONTEXT = "background:transparent;color:inherit;opacity:.75"
+CHIP = "border:1px solid currentColor;border-radius:9px;padding:0 6px;opacity:.75"  # many equal tokens as one piece
+FOLDED = 4  # a run of more equal tokens is shown once, with its number
 
 
 @dataclass(frozen=True)
@@ -60,29 +62,44 @@ def show_labels(example: Mapping[str, Any], processor: Any) -> Picture:
     )
 
 
-def fold_runs(pieces: list[tuple[str, bool]], longest: int = 4) -> list[tuple[str, bool]]:
-    """Write a run of equal tokens, as a picture's or a clip's soft tokens are, as one piece with their number."""
-    folded: list[tuple[str, bool]] = []
-    for (piece, mark), run in itertools.groupby(pieces):
+@dataclass(frozen=True)
+class Piece:
+    """A token as it is shown, or a run of equal ones, as the soft tokens of a picture or a clip are."""
+
+    text: str
+    learned: bool
+    number: int = 1
+
+    def __str__(self) -> str:
+        return self.text if self.number == 1 else f"{self.text} x {self.number} "
+
+
+def fold_runs(tokens: list[tuple[str, bool]]) -> list[Piece]:
+    """Make one piece of each run of many equal tokens."""
+    pieces: list[Piece] = []
+    for (text, learned), run in itertools.groupby(tokens):
         number = len(list(run))
-        folded += [(f"{piece} x {number} ", mark)] if number > longest else [(piece, mark)] * number
-    return folded
+        pieces += [Piece(text, learned, number)] if number > FOLDED else [Piece(text, learned)] * number
+    return pieces
 
 
-def write_spans(pieces: list[tuple[str, bool]]) -> str:
-    """Join tokens to text, each learned span in double brackets."""
+def write_spans(pieces: list[Piece]) -> str:
+    """Join pieces to text, each learned span in double brackets."""
     text, inside = "", False
-    for piece, mark in [*pieces, ("", False)]:
-        text += ("[[" if mark else "]]") if mark != inside else ""
-        text, inside = text + piece, mark
+    for piece in [*pieces, Piece("", False)]:
+        text += ("[[" if piece.learned else "]]") if piece.learned != inside else ""
+        text, inside = text + str(piece), piece.learned
     return text
 
 
-def write_html(pieces: list[tuple[str, bool]]) -> str:
-    """Join tokens to HTML, one span a token, so that their borders can be seen."""
-    spans = "".join(
-        f"<span title='{'learned' if mark else 'read only'}' style='{LEARNED if mark else CONTEXT};margin-right:1px'>"
-        f"{html.escape(piece).replace(chr(10), '⏎<br>')}</span>"
-        for piece, mark in pieces
-    )
-    return f"<div style='font-family:monospace;line-height:1.9'>{spans}</div>"
+def write_html(pieces: list[Piece]) -> str:
+    """Join pieces to HTML, one span each, so that their borders can be seen."""
+    return f"<div style='font-family:monospace;line-height:1.9'>{''.join(map(write_span, pieces))}</div>"
+
+
+def write_span(piece: Piece) -> str:
+    """Return one piece as HTML: learned, read only, or a chip with the number of its tokens."""
+    style = LEARNED if piece.learned else CHIP if piece.number > 1 else CONTEXT
+    title = f"{'learned' if piece.learned else 'read only'}{f', {piece.number} tokens' if piece.number > 1 else ''}"
+    text = html.escape(str(piece).strip() if piece.number > 1 else piece.text).replace("\n", "⏎<br>")
+    return f"<span title='{title}' style='{style};margin-right:1px'>{text}</span>"

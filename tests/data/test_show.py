@@ -64,3 +64,15 @@ def test_example_shows_every_turn_and_escapes_html() -> None:
 def test_labels_escape_html(processor: Any) -> None:
     body = show_labels(EXAMPLE, processor)._repr_html_()
     assert "<b>" not in body and "&lt;start_of_turn&gt;" in body
+
+
+def test_a_picture_is_one_chip_with_its_number_of_tokens(processor: Any) -> None:
+    from PIL import Image
+
+    content = [{"type": "image", "image": Image.new("RGB", (64, 64))}, {"type": "text", "text": "What?"}]
+    turns = [{"role": "user", "content": content}, *EXAMPLE["messages"][-1:]]
+    picture = show_labels({"messages": turns}, processor)
+    number = processor.image_seq_length
+    assert f"<image_soft_token> x {number} " in repr(picture)
+    (chip,) = re.findall(r"<span title='read only, (\d+) tokens' style='([^']*)'", picture._repr_html_())
+    assert chip == (str(number), f"{show.CHIP};margin-right:1px")
