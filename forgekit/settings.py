@@ -56,6 +56,9 @@ class Data(Section):
     test: Part = setting(
         None, "rows scored before and after: a file or Hub split, a number of rows, or a share below 1 of the data"
     )
+    instruction: str = setting(
+        "", "what the user asks beside each picture or clip, where the rows hold no question of their own"
+    )
     frames: int = setting(
         4, "pictures taken from a film, evenly spaced; each costs 256 tokens with the released checkpoints", ge=1, le=64
     )
