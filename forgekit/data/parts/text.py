@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..clean import BadRow
+from .source import Wanted
 
 FEED = None  # the chat template writes it
 
@@ -18,7 +19,7 @@ def check(part: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "text", "text": part["text"]}
 
 
-def load(part: dict[str, Any], frames: int) -> list[dict[str, Any]]:
+def load(part: dict[str, Any], wanted: Wanted) -> list[dict[str, Any]]:
     """Return the part as it is."""
     return [part]
 
