@@ -59,6 +59,11 @@ class Data(Section):
     frames: int = setting(
         4, "pictures taken from a film, evenly spaced; each costs 256 tokens with the released checkpoints", ge=1, le=64
     )
+    long_clips: Literal["refuse", "split"] = setting(
+        "refuse",
+        "clips longer than the model hears (30 s with the released checkpoints): refuse sets their rows aside; split makes "
+        "several parts of each, in the same turn, each 188 tokens",
+    )
     max_bad: float = setting(0.01, "share of bad rows above which a run stops before weights are read", ge=0, le=1)
 
 
