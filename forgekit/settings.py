@@ -44,8 +44,25 @@ class Data(Section):
     path: str | None = setting(
         None, "a file (jsonl, json, csv, parquet), a Hub id, or a built-in task such as sample:orders"
     )
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"] = setting(
-        "auto", "the shape of a row; ignored when the notebook's to_example is given"
+    streaming: bool = setting(
+        False, "read only the first rows of a Hub data set, as many as data.train (and test, validation) ask for"
+    )
+    save_splits: bool = setting(False, "write the rows of each split to data/splits in the run's folder, as JSON lines")
+    format: Literal[
+        "auto",
+        "messages",
+        "sharegpt",
+        "alpaca",
+        "prompt_completion",
+        "question_answer",
+        "transcript",
+        "caption",
+        "template",
+    ] = setting("auto", "the shape of a row; ignored when the notebook's to_example is given")
+    template: str | None = setting(
+        None,
+        "how a row becomes turns, as text with {columns}: 'user: {problem}' and 'assistant: {solution}' on lines of their own, "
+        "a text that holds {response}, or one of r1_distill, reasoning",
     )
     train: Part = setting(
         None, "rows to learn from: a file or Hub split, or at most this many rows; empty: all that are not held out"
@@ -61,6 +78,11 @@ class Data(Section):
     )
     frames: int = setting(
         4, "pictures taken from a film, evenly spaced; each costs 256 tokens with the released checkpoints", ge=1, le=64
+    )
+    long_clips: Literal["refuse", "split"] = setting(
+        "refuse",
+        "clips longer than the model hears (30 s with the released checkpoints): refuse sets their rows aside; split makes "
+        "several parts of each, in the same turn, each 188 tokens",
     )
     max_bad: float = setting(0.01, "share of bad rows above which a run stops before weights are read", ge=0, le=1)
 

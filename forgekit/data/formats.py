@@ -1,25 +1,23 @@
-"""The shapes of rows that people bring, and how each becomes messages. A sample is looked at, and the finding is said."""
+"""The shapes of rows that people bring, and how each becomes messages."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError
 from .clean import BadRow
+from .media_columns import add_media
 from .messages import make_message
+from .template import fill_template, find_columns, get_field, read_template
+
+if TYPE_CHECKING:
+    from ..settings import Data
 
 Example = dict[str, Any]
 ToExample = Callable[[dict[str, Any]], Mapping[str, Any]]
-
-
-def get_field(row: Mapping[str, Any], *names: str) -> str:
-    """Return the first named column as text. Raises BadRow when it is missing or no text."""
-    name = next((name for name in names if name in row), names[0])
-    value = row.get(name)
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise BadRow(
-            "wrong_type", f"column {name!r} should hold text, not {value if value is None else type(value).__name__}"
-        )
-    return str(value)
+ANSWERS = ("completion", "response")
+TRANSCRIPTS = ("text", "sentence", "transcription", "transcript")
+CAPTIONS = ("text", "caption")
 
 
 def from_messages(row: Mapping[str, Any]) -> Example:
@@ -33,62 +31,92 @@ def from_sharegpt(row: Mapping[str, Any]) -> Example:
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise BadRow("wrong_type", "column 'conversations' should hold a list of turns")
     return {
-        "messages": [
-            {"role": turn.get("from", turn.get("role")), "content": turn.get("value", turn.get("content"))}
-            for turn in turns
-        ]
+        "messages": [{"role": pick(turn, "from", "role"), "content": pick(turn, "value", "content")} for turn in turns]
     }
+
+
+def pick(turn: Mapping[str, Any], *names: str) -> Any:
+    """Return the first of the values that is there; Arrow fills a key that other rows have with None."""
+    return next((turn[name] for name in names if turn.get(name) is not None), None)
 
 
 def from_alpaca(row: Mapping[str, Any]) -> Example:
     """Alpaca: instruction -> system, input -> user, output -> assistant; without an input the instruction is the user's."""
     instruction, answer = get_field(row, "instruction"), make_message("assistant", get_field(row, "output"))
-    question = row.get("input")
-    if not question:
+    if not row.get("input"):
         return {"messages": [make_message("user", instruction), answer]}
     return {"messages": [make_message("system", instruction), make_message("user", get_field(row, "input")), answer]}
 
 
 def from_prompt_completion(row: Mapping[str, Any]) -> Example:
     """Pairs: {"prompt": ..., "completion": ...}; `response` does for completion. Both may be lists of turns, as TRL has them."""
-    prompt = row.get("prompt")
-    answer = row.get("completion", row.get("response"))
+    prompt, answer = row.get("prompt"), pick(row, *ANSWERS)
     if isinstance(prompt, list) and isinstance(answer, list):
         return {"messages": [*prompt, *answer]}
-    return {
-        "messages": [
-            make_message("user", get_field(row, "prompt")),
-            make_message("assistant", get_field(row, "completion", "response")),
-        ]
-    }
+    return make_pair(get_field(row, "prompt"), get_field(row, *ANSWERS))
 
 
-# name -> (columns it needs, each one of several names; conversion). The first that fits is taken.
-FORMATS: dict[str, tuple[tuple[tuple[str, ...], ...], ToExample]] = {
-    "messages": ((("messages",),), from_messages),
-    "sharegpt": ((("conversations",),), from_sharegpt),
-    "alpaca": ((("instruction",), ("output",)), from_alpaca),
-    "prompt_completion": ((("prompt",), ("completion", "response")), from_prompt_completion),
+def from_question_answer(row: Mapping[str, Any]) -> Example:
+    """Questions, with a picture, clip or film beside them where there is one: {"question", "answer", "image"}."""
+    return make_pair(get_field(row, "question"), get_field(row, "answer"))
+
+
+def from_transcript(row: Mapping[str, Any], instruction: str = "") -> Example:
+    """Speech and its words: {"audio", "text"}; the instruction asks for them."""
+    return make_pair(instruction or "Write down what is said.", get_field(row, *TRANSCRIPTS))
+
+
+def from_caption(row: Mapping[str, Any], instruction: str = "") -> Example:
+    """Pictures and what belongs to them, as captions or LaTeX_OCR have it: {"image", "text"}; the instruction asks for it."""
+    return make_pair(instruction or "Describe this picture.", get_field(row, *CAPTIONS))
+
+
+def make_pair(question: str, answer: str) -> Example:
+    """Return one question and its answer."""
+    return {"messages": [make_message("user", question), make_message("assistant", answer)]}
+
+
+@dataclass(frozen=True)
+class Format:
+    """The columns that a row needs, each one of several names, and the conversion."""
+
+    columns: tuple[tuple[str, ...], ...]
+    convert: Callable[..., Example]
+    asks: bool = False  # takes data.instruction
+
+    def fits(self, row: Mapping[str, Any]) -> bool:
+        """Say whether a row has the columns."""
+        return all(any(choice in row for choice in choices) for choices in self.columns)
+
+
+FORMATS: dict[str, Format] = {  # of several that fit, the first is taken
+    "messages": Format((("messages",),), from_messages),
+    "sharegpt": Format((("conversations",),), from_sharegpt),
+    "alpaca": Format((("instruction",), ("output",)), from_alpaca),
+    "prompt_completion": Format((("prompt",), ANSWERS), from_prompt_completion),
+    "question_answer": Format((("question",), ("answer",)), from_question_answer),
+    "transcript": Format((("audio",), TRANSCRIPTS), from_transcript, asks=True),
+    "caption": Format((("image", "images"), CAPTIONS), from_caption, asks=True),
 }
 
 
-def detect_format(rows: list[dict[str, Any]]) -> str:
-    """Return the name of the format whose columns most rows of the sample have, if that is more than half of them.
+def make_conversion(name: str, settings: "Data") -> ToExample:
+    """Return the conversion of a format, with its settings; media in columns of their own come into the turns."""
+    if name == "template":
+        return partial(convert_row, convert=partial(fill_template, read_template(settings.template or "")))
+    found = FORMATS[name]
+    return partial(
+        convert_row, convert=partial(found.convert, instruction=settings.instruction) if found.asks else found.convert
+    )
 
-    The others are set aside later, each with its reason. Raises DataError naming the columns when no format fits.
-    """
-    fitting = {
-        name: sum(all(any(choice in row for choice in choices) for choices in columns) for row in rows)
-        for name, (columns, _) in FORMATS.items()
-    }
-    best = max(fitting, key=lambda name: fitting[name])
-    if 2 * fitting[best] > len(rows):
-        return best
-    found = ", ".join(sorted({key for row in rows for key in row})) or "none"
-    known = "; ".join(
-        f"{name}: {', '.join('/'.join(choices) for choices in columns)}" for name, (columns, _) in FORMATS.items()
-    )
-    raise DataError(
-        f"The rows' columns ({found}) fit no known format ({known}). "
-        "Define to_example(row) in the notebook, which returns {'messages': [...]}, or set data.format."
-    )
+
+def convert_row(row: dict[str, Any], convert: Callable[[Mapping[str, Any]], Example]) -> Mapping[str, Any]:
+    """Convert a row and put its media columns into the turns."""
+    return add_media(convert(row), row)
+
+
+def list_columns(name: str, settings: "Data") -> list[tuple[str, ...]]:
+    """Return the columns that a format reads, each as the names it may have."""
+    if name == "template":
+        return [(column,) for column in find_columns(read_template(settings.template or ""))]
+    return list(FORMATS[name].columns)

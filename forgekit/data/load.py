@@ -1,41 +1,46 @@
 """From a recipe's data section to checked examples in splits; what cannot be learned from is set aside with its reason."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
+from .check import MediaOptions, check_source, load_row, media_options
 from .clean import BadRow, Quarantine
-from .collate import check_rows
-from .formats import FORMATS, ToExample, detect_format
-from .messages import Messages, check_example
-from .parts import load_parts
-from .read import read_split
-from .split import count_held_out, count_rows, hash_prompt, hold_out
+from .detect import find_format
+from .formats import ToExample
+from .messages import Messages
+from .read import SPLITS, Given, Source, find_source
+from .rows import Kept, Row
+from .save import save_splits
+from .split import count_held_out, count_rows, find_overlap, hold_out, slice_rows
 
 if TYPE_CHECKING:
+    import numpy
     from datasets import Dataset, DatasetDict
 
     from ..config import Config
 
-SPLITS = ("train", "validation", "test")
-SPLIT_SEED = 3407  # held-out rows stay the same when train.seed changes, so that scores of several seeds compare
-TEXT_COLUMNS = {"json", "source"}  # of rows that were read from lines of text
-BATCH = 256  # rows tokenised together while checking
-# rows between two lines of progress; counted and not timed, so that a notebook prints the same on every machine
-SHOWN = 5000
+SAMPLE_ROWS = 100  # looked at to find the format
+Parts = dict[str, tuple[str, "numpy.ndarray"]]  # split -> its source and the numbers of its rows there
 
 
 def load_data(
-    config: "Config", processor: Any, to_example: ToExample | None = None, quarantine_file: Path | None = None
+    config: "Config",
+    processor: Any,
+    to_example: ToExample | None = None,
+    quarantine_file: Path | None = None,
+    rows: Given = None,
 ) -> "DatasetDict":
     """Read, convert, check and split the rows.
 
     Args:
         processor: from `load_processor`; rows are measured in its tokens.
         to_example: turns one row into {"messages": [...]}; without it the format is detected, or taken from data.format.
-        quarantine_file: where the rows set aside are written as JSON lines, for instance run.path / "quarantine.jsonl".
+        quarantine_file: where the rows set aside are written as JSON lines, for instance run.path / "quarantine.jsonl"; with
+            data.save_splits the splits are written beside it, as data/splits/train.jsonl and so on.
+        rows: rows in memory in place of data.path: a list of dicts, a `datasets.Dataset`, or one of these for each split.
 
     Returns a DatasetDict with "train" and, where asked for, "validation" and "test". Reading a row gives
     {"messages": [...]}, converted at that moment, with pictures and sound decoded.
@@ -43,135 +48,107 @@ def load_data(
     Raises:
         DataError: nothing to read, no known format, or a larger share of bad rows than data.max_bad.
     """
-    from datasets import DatasetDict
-
-    quarantine, frames = Quarantine(), config.data.frames
-    splits = {name: read_split(config, name, quarantine) for name in SPLITS}
-    tables = {name: table for name, table in splits.items() if table is not None}
-    to_example = to_example or find_format(config, tables["train"])
-    kept: dict[str, Dataset] = {}
-    hashes: dict[str, list[str]] = {}
-    for name, table in tables.items():
-        good, hashes[name] = check_table(name, table, to_example, processor, config, quarantine)
-        kept[name] = table.select(good)
-    if quarantine_file and quarantine.rows:
+    if config.data.save_splits and not quarantine_file:
+        raise DataError(
+            "data.save_splits needs a place: give load_data the run's folder as run.path / 'quarantine.jsonl'."
+        )
+    found = {name: find_source(config, name, rows) for name in SPLITS}
+    sources = {name: source for name, source in found.items() if source}
+    if "train" not in sources:
+        raise DataError(f"There are no train rows: the rows given are for {', '.join(sources)}.")
+    quarantine = Quarantine()
+    kept: dict[str, Kept] = {}
+    for name, source in sources.items():
+        if source.key not in kept:
+            opened = source.open()
+            items: Iterable[Row] = opened
+            if to_example is None:
+                sample, items = look_ahead(iter(opened))
+                to_example = find_format(config, sample)
+            kept[source.key] = check_source(name, opened, items, to_example, processor, config, quarantine)
+    if quarantine_file and len(quarantine):
         quarantine.write(quarantine_file)
     quarantine.check(config.data.max_bad)
-    kept = cut_splits(config, kept, hashes)
+    parts = cut_splits(config, sources, kept)
     print(
-        f"Rows: {', '.join(f'{len(table)} {name}' for name, table in kept.items())}; {len(quarantine.rows)} set aside.{quarantine.describe()}"
+        f"Rows: {', '.join(f'{len(part)} {name}' for name, (_, part) in parts.items())}; {len(quarantine)} set aside.{quarantine.describe()}"
     )
+    assert to_example is not None
+    media = media_options(config, processor)
+    if quarantine_file and config.data.save_splits:
+        save_splits(quarantine_file.parent / "data" / "splits", kept, parts, to_example, media)
+    return make_splits({name: make_table(kept[key], part, to_example, media) for name, (key, part) in parts.items()})
+
+
+def make_splits(tables: dict[str, "Dataset"]) -> "DatasetDict":
+    """Return a DatasetDict that says how to have a split when it is asked for one that is not there."""
+    from datasets import DatasetDict
+
+    class Splits(DatasetDict):
+        def __missing__(self, name: str) -> "Dataset":
+            raise DataError(
+                f"There are no {name!r} rows (there are: {', '.join(self)}). Set data.{name} to a file, a number of rows or "
+                "a share, for instance 0.1; a score needs rows that were not learned from."
+            )
+
+    return Splits(tables)
+
+
+def look_ahead(items: Iterable[Row]) -> tuple[list[dict[str, Any]], Iterable[Row]]:
+    """Return the first rows that could be read, and all items from the first on."""
+    iterator, seen, sample = iter(items), [], []
+    for item in iterator:
+        seen.append(item)
+        if not isinstance(item[1], BadRow):
+            sample.append(item[1])
+        if len(sample) == SAMPLE_ROWS:
+            break
+    return sample, chain(seen, iterator)
+
+
+def make_table(kept: Kept, numbers: "numpy.ndarray", to_example: ToExample, media: MediaOptions) -> "Dataset":
+    """Return some of the good rows as a table whose rows become messages when they are read."""
+    decode, folder = kept.decode, kept.folder
 
     def convert(batch: Mapping[str, list[Any]]) -> dict[str, list[Messages]]:
-        return {"messages": [load_parts(check_example(to_example(row)), frames) for row in decode_rows(batch)]}
+        return {"messages": [load_row(to_example(row), folder, media) for row in decode(batch)]}
 
-    return DatasetDict({name: table.with_transform(convert) for name, table in kept.items()})
-
-
-def decode_rows(batch: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
-    """Turn a batch of columns back into rows; rows read from text files stand as JSON in one column."""
-    if set(batch) == TEXT_COLUMNS:
-        return [json.loads(text) for text in batch["json"]]
-    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    table = kept.table if len(numbers) == len(kept.table) else kept.table.select(numbers)
+    return table.with_transform(convert)
 
 
-def find_format(config: "Config", table: "Dataset", sample: int = 100) -> ToExample:
-    """Return the conversion that data.format names, or that the first rows fit; say which and why."""
-    name: str = config.data.format
-    rows = decode_rows(table[:sample])
-    if name == "auto":
-        name = detect_format(rows)
-        columns = ", ".join(rows[0])
-        print(
-            f"Format: {name}, as the first {len(rows)} rows have the columns {columns}. Another one: data.format, or to_example(row)."
-        )
-    return FORMATS[name][1]
+def cut_splits(config: "Config", sources: dict[str, Source], kept: dict[str, Kept]) -> Parts:
+    """Take slices, hold out rows of the training rows where a number or share was asked for, and limit those."""
+    import numpy
 
-
-def check_table(
-    name: str, table: "Dataset", to_example: ToExample, processor: Any, config: "Config", quarantine: Quarantine
-) -> tuple[list[int], list[str]]:
-    """Convert and measure every row; return the numbers and prompt hashes of the good ones. Bad ones go to `quarantine`."""
-    good: list[int] = []
-    hashes: list[str] = []
-    shown = 0
-    from_text = set(table.column_names) == TEXT_COLUMNS
-    for start in range(0, len(table), BATCH):
-        batch = table[start : start + BATCH]
-        sources = (
-            batch["source"]
-            if from_text
-            else [f"{name}:{number}" for number in range(start + 1, min(start + BATCH, len(table)) + 1)]
-        )
-        found: list[tuple[int, str, Messages]] = []
-        for offset, (row, source) in enumerate(zip(decode_rows(batch), sources, strict=True)):
-            quarantine.seen += not from_text  # text rows were counted when they were read
-            try:
-                found.append(
-                    (start + offset, source, load_parts(convert_row(to_example, row, source), config.data.frames))
-                )
-            except BadRow as bad:
-                quarantine.add(source, bad)
-        for (number, source, messages), bad_row in zip(
-            found, check_rows([m for *_, m in found], processor, config.model.max_length), strict=True
-        ):
-            if bad_row:
-                quarantine.add(source, bad_row)
-            else:
-                good.append(number)
-                hashes.append(hash_prompt(messages, SPLIT_SEED))
-        done = start + BATCH
-        if done - shown >= max(SHOWN, len(table) / 10) and done < len(table):
-            print(f"Checking {name}: {done} of {len(table)} rows", flush=True)
-            shown = done
-    return good, hashes
-
-
-def convert_row(to_example: ToExample, row: dict[str, Any], source: str) -> Messages:
-    """Convert one row; a mistake in the user's to_example names the row that showed it."""
-    try:
-        example = to_example(row)
-    except BadRow:
-        raise
-    except KeyError as error:
-        raise DataError(
-            f"to_example needs the column {error}, which the row at {source} does not have. It has: {', '.join(row)}. "
-            "Change to_example in the notebook, or put to_example = None there to let the format be found."
-        ) from error
-    except Exception as error:  # it is the user's function, so anything can be wrong in it
-        raise DataError(
-            f"to_example failed on the row at {source}: {type(error).__name__}: {error}. The row: {str(row)[:200]}"
-        ) from error
-    return check_example(example)
-
-
-def cut_splits(config: "Config", tables: dict[str, "Dataset"], hashes: dict[str, list[str]]) -> dict[str, "Dataset"]:
-    """Hold out rows of the training table where a number or share was asked for, and limit the training rows."""
-    train, data = tables["train"], config.data
-    sizes = {}
+    parts: Parts = {}
+    for name, source in sources.items():
+        total = len(kept[source.key].table)
+        rows = slice_rows(source.slice, total, f"data.{name}") if source.slice else numpy.arange(total)
+        parts[name] = (source.key, rows)
+    key, train = parts["train"]
+    if not sources["train"].slice:  # the rows that are not in another split's slice
+        others = [rows for name, (other, rows) in parts.items() if name != "train" and other == key]
+        train = numpy.setdiff1d(train, numpy.concatenate(others)) if others else train
+    data, sizes = config.data, {}
     for name, wanted in (("test", data.test), ("validation", data.validation)):
-        if name not in tables and not isinstance(wanted, str) and wanted is not None:
+        if name not in parts and not isinstance(wanted, str) and wanted is not None:
             sizes[name] = count_held_out(wanted, len(train), f"data.{name}")
-    parts = hold_out(hashes["train"], sizes)
-    report_overlap(
-        {name: hashes[name] for name in tables if name != "train"}, [hashes["train"][i] for i in parts["train"]]
-    )
-    if not parts["train"]:
+    dealt = hold_out(kept[key].prompts[train], sizes)
+    report_overlap(kept, {name: part for name, part in parts.items() if name != "train"}, (key, train[dealt["train"]]))
+    learned = train[dealt["train"]]
+    if not len(learned):
         raise DataError(f"No row is left to learn from: {len(train)} rows, all held out (data.test, data.validation).")
-    kept = parts["train"]
     if isinstance(data.train, int | float):
-        kept = kept[: max(1, count_rows(data.train, len(kept)))]
-    cut = (
-        {"train": train.select(kept)}
-        | {name: train.select(parts[name]) for name in sizes}
-        | {n: t for n, t in tables.items() if n != "train"}
-    )
-    return {name: cut[name] for name in SPLITS if name in cut}
+        learned = learned[: max(1, count_rows(data.train, len(learned)))]
+    parts |= {"train": (key, learned)} | {name: (key, train[dealt[name]]) for name in sizes}
+    return {name: parts[name] for name in SPLITS if name in parts}
 
 
-def report_overlap(held_out: dict[str, list[str]], train: list[str]) -> None:
-    """Say how many prompts of the given held-out splits also stand in the training rows."""
-    for name, values in held_out.items():
-        twice = len(set(values) & set(train))
-        if twice:
-            print(f"Note: {twice} prompts of {name} also stand in train, so its score flatters the model.")
+def report_overlap(kept: dict[str, Kept], held_out: Parts, train: tuple[str, "numpy.ndarray"]) -> None:
+    """Say how many rows of the given held-out splits also stand in the training rows."""
+    learned = kept[train[0]].prompts[train[1]], kept[train[0]].contents[train[1]]
+    for name, (key, rows) in held_out.items():
+        note = find_overlap(name, kept[key].prompts[rows], kept[key].contents[rows], learned)
+        if note:
+            print(note)

@@ -6,6 +6,7 @@ after    {"messages": [{"role": "user",      "content": [{"type": "text", "text"
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from .clean import BadRow
@@ -56,6 +57,30 @@ def check_order(roles: list[str]) -> None:
             "roles_out_of_order",
             f"turns must go user, assistant, user, assistant ... and end with assistant (roles: {', '.join(roles)})",
         )
+
+
+def find_media(messages: Messages, folder: Path | None) -> Messages:
+    """Return the messages with relative paths of media looked up in `folder`, the one of the data file.
+
+    A path that stands in the current folder alone stays as it is; one that stands nowhere is named as the data file means it.
+    """
+    if folder is None or all(part["type"] == "text" for turn in messages for part in turn["content"]):
+        return messages
+    return [{**turn, "content": [find_file(part, folder) for part in turn["content"]]} for turn in messages]
+
+
+def find_file(part: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a part whose path starts at the data file's folder."""
+    kind = part["type"]
+    path = part[kind]
+    if kind == "text" or not isinstance(path, str | Path) or Path(path).expanduser().is_absolute():
+        return part
+    beside = folder / path
+    try:
+        here = not beside.exists() and Path(path).exists()
+    except (OSError, ValueError):  # no name that a file can have
+        return part
+    return part if here else {**part, kind: str(beside)}
 
 
 def get_text(message: Mapping[str, Any]) -> str:

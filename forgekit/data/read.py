@@ -1,262 +1,222 @@
-"""Rows from a file, the Hub or a built-in task, as a `datasets.Dataset`, with the file and line that each came from.
+"""Where each split's rows come from: a file, a folder, the Hub, a built-in task, or a list in memory."""
 
-Lines of text formats are read here, because a reader that stops at the first bad line or guesses a common schema loses
-rows without a word. Each becomes one JSON text in a column, so rows need not share a schema:
-
-    {"json": '{"prompt": "...", "completion": "..."}', "source": "orders.jsonl:12"}
-"""
-
-import csv
-import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
-from .clean import BadRow, Quarantine
+from .columns import read_csv
+from .lines import read_json, read_json_lines
+from .media_folder import METADATA, find_metadata, read_media_folder
+from .rows import TableRows, TextRows
+from .tables import SAMPLE, TABLE_FILES, leave_encoded, read_hub, read_sample, read_stream, read_table
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from ..config import Config
 
-SAMPLE = "sample:"
-TABLE_FILES = {".parquet": "parquet", ".arrow": "arrow"}
+SPLITS = ("train", "validation", "test")
+READERS = {".jsonl": read_json_lines, ".json": read_json, ".csv": read_csv, ".tsv": read_csv}
+KINDS = (*READERS, *TABLE_FILES)
+SLICE = re.compile(r"(?P<name>.*?)(?P<slice>\[-?\d*%?:-?\d*%?\])$")
+Given = Sequence[Any] | Mapping[str, Any] | None  # rows in memory, or rows for each split
 
 
-def read_split(config: "Config", name: str, quarantine: Quarantine) -> "Dataset | None":
-    """Read the rows of one split ("train", "validation", "test"), or None when it is to be cut from the training rows.
+@dataclass(frozen=True)
+class Source:
+    """One split's rows: splits with the same `key` share one source, which is read once; `slice` is taken of its good rows."""
 
-    A split that is text names a file or a split of the Hub data set; the training rows come from `data.path` otherwise.
+    key: str
+    open: Callable[[], TableRows | TextRows] = field(compare=False)
+    slice: str = ""  # for instance [:80%], as `datasets` writes it
+
+
+def find_source(config: "Config", name: str, rows: Given = None) -> Source | None:
+    """Find where the rows of "train", "validation" or "test" come from; None when they are cut from the training rows.
+
+    Args:
+        rows: rows in memory, which stand in for data.path.
+
+    Raises DataError for a file, folder or split that is not there.
     """
     wanted = getattr(config.data, name)
-    if isinstance(wanted, str) and is_file_name(wanted):
-        return read_file(find_file(config, wanted, f"data.{name}"), quarantine)
+    if isinstance(rows, Mapping):
+        return Source(f"rows:{name}", lambda: open_list(name, rows[name])) if name in rows else None
+    if not isinstance(wanted, str):
+        return find_base(config, name, rows) if name == "train" else None
+    match = SLICE.match(wanted)
+    what, part = (match["name"], match["slice"]) if match else (wanted, "")
+    folder = find_folder(config)
+    if is_file_name(what) or (folder and find_in_folder(folder, what)):
+        return find_file_source(config, name, what, part, folder)
+    if rows is None and is_hub(config):
+        return find_hub_source(config, name, what, part)
+    if what == "train" and part:
+        base = find_base(config, "train", rows)
+        return Source(base.key, base.open, part)
+    here = "the rows are given in memory" if rows is not None else f"{config.data.path} is no Hub data set"
+    raise DataError(
+        f"data.{name}: {wanted!r} is neither a file (jsonl, json, csv, parquet) nor a slice such as train[:80%] nor, as {here}, a split."
+    )
+
+
+def find_base(config: "Config", name: str, rows: Given) -> Source:
+    """Return the rows in memory or behind data.path. Raises DataError when there are none, or both."""
     path = config.data.path
-    if path is None:
-        if name != "train":
-            return None
-        raise DataError("data.path is not set: name a file, a Hub id or a built-in task, for instance sample:orders.")
-    if path.startswith(SAMPLE) or is_file_name(path):
-        if isinstance(wanted, str):
+    if rows is not None:
+        if path is not None:
             raise DataError(
-                f"data.{name}: {wanted!r} is neither a file (jsonl, json, csv, parquet) nor, as {path} is no Hub data set, a split."
+                f"rows are given in memory, and data.path is {path}. Leave out one of the two (data.path: null)."
             )
-        if name != "train":
-            return None
-        return (
-            read_sample(path)
-            if path.startswith(SAMPLE)
-            else read_file(find_file(config, path, "data.path"), quarantine)
+        return Source("rows", lambda: open_list("train", rows))
+    if path is None:
+        raise DataError(
+            "data.path is not set: name a file, a Hub id or a built-in task, for instance sample:orders, or give load_data(..., rows=[...])."
         )
-    if name != "train" and not isinstance(wanted, str):
-        return None
-    return read_hub(path, wanted if isinstance(wanted, str) else "train")
+    if path.startswith(SAMPLE):
+        return Source(path, lambda: read_sample(path))
+    if is_hub(config):
+        return find_hub_source(config, name, "train", "")
+    folder = find_folder(config)
+    if folder and not find_metadata(folder) and not is_saved(folder):
+        return find_file_source(config, name, "train", "", folder)
+    return find_file_source(config, name, path, "", folder)
+
+
+def is_hub(config: "Config") -> bool:
+    """Say whether data.path names a data set of the Hub."""
+    path = config.data.path
+    return path is not None and not path.startswith(SAMPLE) and not is_file_name(path) and find_folder(config) is None
 
 
 def is_file_name(path: str) -> bool:
     """Say whether a text names a file: by its ending, or because it exists."""
-    return Path(path).suffix.lower() in (*READERS, *TABLE_FILES) or Path(path).expanduser().exists()
+    return Path(path).suffix.lower() in KINDS or Path(path).expanduser().exists()
 
 
-def find_file(config: "Config", path: str, setting: str) -> Path:
-    """Return the file's path: as given, in the current folder, or beside the recipe's folder. Raises DataError."""
-    places = [Path(path).expanduser()]
-    if config.recipe and not places[0].is_absolute():
-        places += [config.recipe.parent / path, config.recipe.parent.parent / path]
-    for place in places:
-        if place.is_file():
-            return place
-        if place.is_dir():
-            raise DataError(
-                f"{setting}: {place} is a folder. Name one file in it ({', '.join([*READERS, *TABLE_FILES])})."
-            )
-    raise DataError(
-        f"{setting}: {path} does not exist (looked in {', '.join(str(place.absolute().parent) for place in places)})."
+def list_places(config: "Config", path: str) -> list[Path]:
+    """Return where a relative path may stand: in the current folder, or beside the recipe or its folder."""
+    first = Path(path).expanduser()
+    beside = config.recipe and not first.is_absolute()
+    return [first, *([config.recipe.parent / path, config.recipe.parent.parent / path] if beside else [])]  # type: ignore[union-attr]
+
+
+def find_folder(config: "Config") -> Path | None:
+    """Return the folder that data.path names, or None when it names none."""
+    path = config.data.path
+    if path is None or path.startswith(SAMPLE):
+        return None
+    return next((place for place in list_places(config, path) if place.is_dir()), None)
+
+
+def find_in_folder(folder: Path, what: str) -> Path | None:
+    """Return what a folder holds under a name: the file, a file of that name with a known ending, or a folder."""
+    names = [what, *(f"{what}{ending}" for ending in KINDS)]
+    if what == "validation":
+        names += [f"val{ending}" for ending in KINDS]
+    return next((folder / name for name in names if (folder / name).exists()), None)
+
+
+def find_file_source(config: "Config", name: str, what: str, part: str, folder: Path | None) -> Source:
+    """Return a file's or folder's rows: as named, or below the folder that data.path names. Raises DataError."""
+    below = find_in_folder(folder, what) if folder and what != config.data.path else None
+    setting = (
+        f"data.{name}" if what != config.data.path and isinstance(getattr(config.data, name), str) else "data.path"
     )
-
-
-def read_sample(path: str) -> "Dataset":
-    """Make the rows of a built-in task."""
-    from datasets import Dataset
-
-    from .samples import SAMPLES
-
-    name = path.removeprefix(SAMPLE)
-    if name not in SAMPLES:
+    if below is None and folder and what == "train":
         raise DataError(
-            f"data.path: there is no built-in task {name!r}. There are: {', '.join(SAMPLE + known for known in SAMPLES)}."
+            f"{setting}: {folder} is a folder without {' or '.join(METADATA)}, and holds no train file "
+            f"({', '.join(f'train{ending}' for ending in KINDS)}). Name one file, or write such a file into it."
         )
-    return leave_encoded(Dataset.from_list(SAMPLES[name]()))
+    place = below or find_path(config, what, setting)
+    return Source(str(place.resolve()), lambda: open_path(place, name), part)
 
 
-def leave_encoded(table: "Dataset") -> "Dataset":
-    """Let media columns give their bytes: decoded in `data/parts`, where a bad file costs a row and not the run."""
-    import datasets
+def find_path(config: "Config", path: str, setting: str) -> Path:
+    """Return the path: as given, in the current folder, or beside the recipe's folder. Raises DataError."""
+    places = list_places(config, path)
+    found = next((place for place in places if place.exists()), None)
+    if found is None:
+        looked = ", ".join(str(place.absolute().parent) for place in places)
+        raise DataError(f"{setting}: {path} does not exist (looked in {looked}).")
+    return found
 
-    for name, feature in table.features.items():
-        if isinstance(feature, datasets.Image | datasets.Audio | datasets.Video):
-            table = table.cast_column(name, type(feature)(decode=False))
-    return table
+
+def find_hub_source(config: "Config", name: str, split: str, part: str) -> Source:
+    """Return a Hub data set's split, whole or streamed."""
+    path = str(config.data.path)
+    if not config.data.streaming:
+        return Source(f"{path}:{split}{part}", lambda: read_hub(path, split + part, name))
+    first, end = find_range(config, name, part)
+    return Source(f"{path}:{split}:{first}:{end}", lambda: read_stream(path, split, first, end, name))
 
 
-def read_hub(path: str, split: str) -> "Dataset":
-    """Load a split of a Hub data set. Raises DataError with a remedy when it cannot be had."""
-    import datasets
-
-    try:
-        return leave_encoded(datasets.load_dataset(path, split=split))
-    except (OSError, ValueError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def find_range(config: "Config", name: str, part: str) -> tuple[int, int]:
+    """Return which rows of a stream are read: those of the slice, else the first ones, as many as are asked for."""
+    data = config.data
+    match = re.fullmatch(r"\[(\d*):(\d+)\]", part)
+    if match:
+        return int(match[1] or 0), int(match[2])
+    sizes = [
+        data.train,
+        *(size for size in (data.validation, data.test) if size is not None and not isinstance(size, str)),
+    ]
+    if part or name != "train" or not all(isinstance(size, int) for size in sizes):
         raise DataError(
-            f"data.path: {path} ({split}) cannot be loaded from the Hub: {first.rstrip('.')}. If it is a file, check its name and folder."
-        ) from error
+            f"data.streaming reads the first rows alone, so their number must be known: set data.{name} to a slice such as "
+            "train[:5000], or data.train (and data.test, data.validation) to numbers of rows."
+        )
+    return 0, sum(size for size in sizes if isinstance(size, int))
 
 
-def read_file(path: Path, quarantine: Quarantine) -> "Dataset":
-    """Read a local file; lines that are no rows go to the quarantine with their number.
-
-    Raises DataError when the file is empty or of a kind that is not known.
-    """
+def open_list(name: str, rows: Any) -> TableRows:
+    """Take rows in memory: a list of dicts, or a `datasets.Dataset`."""
     from datasets import Dataset
 
-    suffix = path.suffix.lower()
-    if suffix not in (*READERS, *TABLE_FILES):
-        raise DataError(f"{path} ends in {suffix or 'nothing'}; known kinds are {', '.join([*READERS, *TABLE_FILES])}.")
+    if isinstance(rows, Dataset):
+        return TableRows(name, leave_encoded(rows))
+    if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Sequence):
+        raise DataError(f"rows should be a list of dicts or a Dataset, not {type(rows).__name__}.")
+    if not rows:
+        raise DataError(f"The list of {name} rows is empty.")
+    return TableRows.from_list(name, rows)
+
+
+def open_path(path: Path, name: str) -> TableRows | TextRows:
+    """Open a file or folder. Raises DataError when it is empty, of a kind that is not known, or cannot be read."""
     try:
-        if path.stat().st_size == 0:
-            raise DataError(f"{path} is empty (0 bytes). Write one row on each line, or name another file.")
-        if suffix in TABLE_FILES:
-            return read_table(path)
-        texts, sources = [], []
-        for number, row in READERS[suffix](path):
-            source = f"{path.name}:{number}"
-            quarantine.seen += 1
-            if isinstance(row, BadRow):
-                quarantine.add(source, row)
-            else:
-                texts.append(json.dumps(row, ensure_ascii=False))
-                sources.append(source)
+        return open_folder(path, name) if path.is_dir() else open_file(path, name)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
-    if not texts:
-        raise DataError(f"{path} holds no row that can be read.{quarantine.describe()}")
-    return Dataset.from_dict({"json": texts, "source": sources})
 
 
-def read_table(path: Path) -> "Dataset":
-    """Read a parquet or Arrow file. Raises DataError when it is none, half of one, or has no rows."""
-    import pyarrow.parquet
-    from datasets import Dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    kind = TABLE_FILES[path.suffix.lower()]
-    try:
-        if kind == "arrow":
-            table = Dataset.from_file(str(path))
-        elif pyarrow.parquet.read_metadata(path).num_rows:
-            table = leave_encoded(Dataset.from_parquet(str(path)))
-        else:  # datasets fails on such a file
-            table = Dataset.from_dict({})
-    except (DatasetGenerationError, pyarrow.ArrowException) as error:
-        why = str(error.__cause__ or error).splitlines()[0].rstrip(".")
-        raise DataError(f"{path} is no whole {kind} file: {why}. Write or fetch it again.") from error
-    if len(table) == 0:
-        raise DataError(f"{path} holds no rows. Name another file.")
-    return table
+def open_file(path: Path, name: str) -> TableRows | TextRows:
+    """Open a file by its ending."""
+    suffix = path.suffix.lower()
+    if suffix not in KINDS:
+        raise DataError(f"{path} ends in {suffix or 'nothing'}; known kinds are {', '.join(KINDS)}.")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty (0 bytes). Write one row on each line, or name another file.")
+    if path.name in METADATA:
+        return read_media_folder(path)
+    rows = TableRows(name, read_table(path)) if suffix in TABLE_FILES else TextRows(path, READERS[suffix])
+    rows.folder = path.parent
+    return rows
 
 
-def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-    """Yield (line number, row or what is wrong with it); empty lines are passed over."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip(b"\xef\xbb\xbf \t\r\n"):
-                yield number, parse_row(line)
+def open_folder(path: Path, name: str) -> TableRows | TextRows:
+    """Open a folder: with a metadata file, or one that `Dataset.save_to_disk` wrote."""
+    metadata = find_metadata(path)
+    if metadata:
+        return open_file(metadata, name)
+    if is_saved(path):
+        from datasets import Dataset
+
+        return TableRows(name, leave_encoded(Dataset.load_from_disk(str(path))))
+    raise DataError(f"{path} is a folder without {' or '.join(METADATA)}. Name one file in it ({', '.join(KINDS)}).")
 
 
-def parse_row(line: bytes) -> dict[str, Any] | BadRow:
-    """Parse one line of JSON, or say why it is no row."""
-    try:
-        text = line.decode("utf-8-sig").rstrip("\r\n")  # a cut line then names a column of its own, not of the next
-        row = json.loads(text)
-    except UnicodeDecodeError as error:
-        return BadRow("not_utf8", f"byte {error.start} is not UTF-8")
-    except json.JSONDecodeError as error:
-        return BadRow("broken_json", f"no valid JSON: {error.msg} at column {error.colno}")
-    except (ValueError, RecursionError) as error:  # a number of 5000 digits; thousands of [[[[
-        return BadRow("broken_json", f"no valid JSON: {error}")
-    return (
-        row
-        if isinstance(row, dict)
-        else BadRow("not_an_object", f"a row is a JSON object, this is a {type(row).__name__}")
-    )
-
-
-def read_json(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-    """Yield (position from 1, row) of a file that holds one JSON list; a file of JSON lines under this ending works too.
-
-    Raises DataError for a list that breaks off or is broken: where a row of it ends can then only be guessed.
-    """
-    data = path.read_bytes()
-    try:
-        rows = json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        if data.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
-            where = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-            raise DataError(
-                f"{path}{where}: the JSON list is broken: {error}. Mend that line, or write one row on each line."
-            ) from None
-        yield from read_json_lines(path)
-        return
-    rows = rows if isinstance(rows, list) else [rows]
-    for number, row in enumerate(rows, 1):
-        yield (
-            number,
-            row
-            if isinstance(row, dict)
-            else BadRow("not_an_object", f"a row is a JSON object, this is a {type(row).__name__}"),
-        )
-
-
-def read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-    """Yield (line number, row) of a CSV or TSV file with a header line; a row that spans lines counts as its last one.
-
-    A quote that is not closed swallows lines: each of them is yielded as a bad row, so that the loss shows.
-    """
-    with open(path, encoding="utf-8-sig", newline="", errors="surrogateescape") as file:
-        reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
-        header: list[str] | None = None
-        while True:
-            first = reader.line_num + 1
-            try:
-                values = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                for number in range(first, reader.line_num + 1):
-                    yield number, BadRow("broken_csv", f"{error}; a quote that opens on line {first} may not be closed")
-                continue
-            if header is None:
-                header = check_header(values, path)
-            elif values:
-                yield reader.line_num, check_values(header, values)
-
-
-def check_header(header: list[str], path: Path) -> list[str]:
-    """Return the column names. Raises DataError when one stands twice, because one of the two would be lost."""
-    twice = sorted({name for name in header if header.count(name) > 1})
-    if twice:
-        raise DataError(f"{path}:1: the column {twice[0]!r} stands twice in the header. Rename one of the two.")
-    return header
-
-
-def check_values(header: list[str], values: list[str]) -> dict[str, Any] | BadRow:
-    """Return the row, or what is wrong with it."""
-    if len(values) != len(header):
-        return BadRow("wrong_columns", f"the header has {len(header)} columns, this line has {len(values)}")
-    if any(0xDC80 <= ord(letter) <= 0xDCFF for value in values for letter in value):
-        return BadRow("not_utf8", "bytes that are not UTF-8")
-    return dict(zip(header, values, strict=True))
-
-
-READERS = {".jsonl": read_json_lines, ".json": read_json, ".csv": read_csv, ".tsv": read_csv}
+def is_saved(folder: Path) -> bool:
+    """Say whether `Dataset.save_to_disk` wrote the folder."""
+    return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()

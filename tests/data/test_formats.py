@@ -5,14 +5,16 @@ from typing import Any
 import pytest
 
 from forgekit.data.clean import BadRow
-from forgekit.data.formats import FORMATS, detect_format
+from forgekit.data.detect import detect_format
+from forgekit.data.formats import make_conversion
 from forgekit.data.messages import check_example
 from forgekit.errors import DataError
+from forgekit.settings import Data
 
 
-def convert(name: str, row: dict[str, Any]) -> list[tuple[str, str]]:
+def convert(name: str, row: dict[str, Any], **settings: Any) -> list[tuple[str, str]]:
     """Convert a row and return its turns as (role, text)."""
-    messages = check_example(FORMATS[name][1](row))
+    messages = check_example(make_conversion(name, Data(**settings))(row))
     return [(message["role"], "".join(part["text"] for part in message["content"])) for message in messages]
 
 
@@ -111,7 +113,7 @@ def test_the_first_format_that_fits_every_row_is_taken() -> None:
 @pytest.mark.parametrize(
     ("rows", "found"),
     [
-        ([{"question": "1?", "answer": "2"}], "answer, question"),
+        ([{"query": "1?", "reply": "2"}], "query, reply"),
         ([{"prompt": "1?", "completion": "2"}, {"prompt": "1?"}], "completion, prompt"),
         ([{"instruction": "x"}], "instruction"),
         ([], "none"),
@@ -123,9 +125,9 @@ def test_unknown_columns_are_named_beside_the_known_formats_and_the_remedy(rows:
         detect_format(rows)
     message = str(caught.value)
     assert message.startswith(f"The rows' columns ({found}) fit no known format (messages: messages; ")
-    assert "prompt_completion: prompt, completion/response)" in message
+    assert "prompt_completion: prompt, completion/response; " in message
     assert message.endswith(
-        "Define to_example(row) in the notebook, which returns {'messages': [...]}, or set data.format."
+        "Define to_example(row) in the notebook, which returns {'messages': [...]}, or set data.template."
     )
 
 

@@ -58,7 +58,11 @@ def test_every_row_arrives_as_messages_in_the_order_of_the_file(load: Any, capsy
     }
     assert questions(data["train"]) == [row["prompt"] for row in pairs(5)]
     printed = capsys.readouterr().out
-    assert "Format: prompt_completion, as the first 5 rows have the columns prompt, completion." in printed
+    assert (
+        "Format: prompt_completion, as 5 of the first 5 rows have the columns prompt, completion. Another one: data.format,"
+        in printed
+    )
+    assert "\n  1 user: What is 0 + 1?\n  1 assistant: 1\n  2 user: What is 1 + 1?\n" in printed
     assert "Rows: 5 train; 0 set aside.\n" in printed
 
 
@@ -250,7 +254,10 @@ def test_prompts_that_a_given_split_shares_with_train_are_told(load: Any, capsys
     write_rows(pairs(10))
     write_rows(pairs(10, first=7), "test.jsonl")
     load(test="test.jsonl")
-    assert "Note: 3 prompts of test also stand in train, so its score flatters the model." in capsys.readouterr().out
+    assert (
+        "Note: 3 rows of the 10 in test ask what a row of train asks too (3 with the same answer), so the score on test flatters"
+        in capsys.readouterr().out
+    )
     write_rows(pairs(10, first=20), "test.jsonl")
     load(test="test.jsonl")
     assert "Note" not in capsys.readouterr().out

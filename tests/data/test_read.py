@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from forgekit.config import load_config
-from forgekit.data.clean import Quarantine
-from forgekit.data.read import is_file_name, parse_row, read_file, read_split
+from forgekit.data.clean import BadRow
+from forgekit.data.lines import parse_row
+from forgekit.data.read import find_source, is_file_name, open_file
 from forgekit.errors import DataError
 
 ROWS = [{"prompt": "1?", "completion": "2"}, {"prompt": "größer\n😀?", "completion": 'ja, "sehr"'}]
@@ -28,18 +29,25 @@ def write(name: str, content: str | bytes) -> Path:
 
 def read(name: str, content: str | bytes) -> tuple[dict[str, Any], list[tuple[str, str, str]], int]:
     """Read a file; return its rows by place, the bad lines as (place, code, reason), and how many were seen."""
-    quarantine = Quarantine()
-    table = read_file(write(name, content), quarantine)
-    rows = {row["source"]: json.loads(row["json"]) for row in table}
-    assert len(rows) + len(quarantine.rows) == quarantine.seen
-    return rows, [(bad["source"], bad["code"], bad["reason"]) for bad in quarantine.rows], quarantine.seen
+    rows = open_file(write(name, content), "train")
+    seen, bad = 0, []
+    for place, row, key in rows:
+        seen += 1
+        if isinstance(row, BadRow):
+            bad.append((place, row.code, row.reason))
+        else:
+            rows.keep(key)
+    kept = rows.finish()
+    good = dict(zip(kept.places(range(len(kept.table))), kept.decode(kept.table[:]), strict=True))
+    assert len(good) + len(bad) == seen
+    return good, bad, seen
 
 
 def refusal(name: str, content: str | bytes | None) -> str:
     if content is not None:
         write(name, content)
     with pytest.raises(DataError) as caught:
-        read_file(Path(name), Quarantine())
+        list(open_file(Path(name), "train"))
     return str(caught.value)
 
 
@@ -81,7 +89,7 @@ def test_parquet_keeps_its_columns() -> None:
     from datasets import Dataset
 
     Dataset.from_list(ROWS).to_parquet("a.parquet")
-    assert read_file(Path("a.parquet"), Quarantine()).to_list() == ROWS
+    assert [row for _, row, _ in open_file(Path("a.parquet"), "train")] == ROWS
 
 
 # ---- half-broken files -----------------------------------------------------------------------------------------------
@@ -106,7 +114,7 @@ def test_broken_lines_are_named_and_the_others_kept() -> None:
         ("a.jsonl:3", "not_utf8"),
         ("a.jsonl:4", "not_an_object"),
         ("a.jsonl:5", "not_an_object"),
-        ("a.jsonl:6", "broken_json"),
+        ("a.jsonl:6", "too_deep"),
         ("a.jsonl:7", "broken_json"),
         ("a.jsonl:9", "broken_json"),
     ]
@@ -119,7 +127,7 @@ def test_broken_lines_are_named_and_the_others_kept() -> None:
 
 
 def test_a_line_with_two_rows_is_no_row() -> None:
-    assert parse_row((LINES[0] + LINES[0]).encode()).reason == "no valid JSON: Extra data at column 36"  # type: ignore[union-attr]
+    assert parse_row((LINES[0] + LINES[0]).encode())[0].reason == "no valid JSON: Extra data at column 36"  # type: ignore[union-attr]
 
 
 def test_a_json_list_names_the_entries_that_are_no_rows() -> None:
@@ -246,7 +254,8 @@ def test_a_file_that_cannot_be_opened_is_refused(monkeypatch: pytest.MonkeyPatch
 
 
 def split(settings: dict[str, Any], name: str = "train", recipe: Path | None = None) -> Any:
-    return read_split(load_config(recipe, settings), name, Quarantine())
+    source = find_source(load_config(recipe, settings), name)
+    return source and list(source.open())
 
 
 def test_a_file_is_looked_for_here_beside_the_recipe_and_beside_its_folder(
@@ -273,14 +282,18 @@ def test_a_missing_file_says_where_it_looked(tmp_path: Path) -> None:
 
 def test_a_folder_is_no_file() -> None:
     Path("rows").mkdir()
-    with pytest.raises(DataError, match=r"^data\.path: rows is a folder\. Name one file in it \(\.jsonl, \.json"):
+    with pytest.raises(DataError) as caught:
         split({"data.path": "rows"})
+    assert str(caught.value) == (
+        "data.path: rows is a folder without metadata.jsonl or metadata.csv, and holds no train file (train.jsonl, train.json, "
+        "train.csv, train.tsv, train.parquet, train.arrow). Name one file, or write such a file into it."
+    )
 
 
 def test_no_path_at_all_is_refused_with_an_example() -> None:
     with pytest.raises(
         DataError,
-        match=r"^data\.path is not set: name a file, a Hub id or a built-in task, for instance sample:orders\.$",
+        match=r"^data\.path is not set: name a file, a Hub id or a built-in task, for instance sample:orders, or give load_data",
     ):
         split({})
 
@@ -300,7 +313,8 @@ def test_a_number_of_rows_is_cut_from_the_training_rows_later() -> None:
 def test_a_split_by_name_needs_a_hub_data_set(path: str) -> None:
     write("rows.jsonl", LINES[0])
     with pytest.raises(
-        DataError, match=f"data.test: 'validation' is neither a file .* nor, as {path} is no Hub data set, a split"
+        DataError,
+        match=f"data.test: 'validation' is neither a file .* nor a slice .* nor, as {path} is no Hub data set, a split",
     ):
         split({"data.path": path, "data.test": "validation"}, "test")
 
@@ -308,9 +322,8 @@ def test_a_split_by_name_needs_a_hub_data_set(path: str) -> None:
 def test_a_built_in_task_that_is_not_there_is_named_with_those_that_are() -> None:
     with pytest.raises(DataError) as caught:
         split({"data.path": "sample:order"})
-    assert str(caught.value) == (
-        "data.path: there is no built-in task 'order'. There are: sample:orders, sample:digits, sample:tones."
-    )
+    message = str(caught.value)
+    assert message.startswith("data.path: there is no built-in task 'order'. There are: sample:orders, sample:digits, ")
 
 
 def test_a_data_set_of_the_hub_that_cannot_be_had_is_one_sentence() -> None:

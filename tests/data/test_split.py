@@ -4,14 +4,19 @@ import random
 
 import pytest
 
+from forgekit.data import split
 from forgekit.data.messages import make_message
-from forgekit.data.split import count_held_out, count_rows, hash_prompt, hold_out
+from forgekit.data.split import count_held_out, count_rows, hash_prompt
 from forgekit.errors import DataError
 
 
 def chat(question: str, answer: str = "4", system: str | None = None) -> list[dict]:
     head = [make_message("system", system)] if system else []
     return [*head, make_message("user", question), make_message("assistant", answer)]
+
+
+def hold_out(hashes: list[str], sizes: dict[str, int]) -> dict[str, list[int]]:
+    return {name: numbers.tolist() for name, numbers in split.hold_out(hashes, sizes).items()}
 
 
 # ---- hashes ----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 A kind's file says
 
     check(part)               the part in its one form, or BadRow; looks at types alone
-    load(part, frames)        the parts that the model is given, decoded: itself, or a film's pictures and sound
+    load(part, wanted)        the parts that the model is given, decoded: itself, or a film's pictures and sound
     FEED                      how decoded parts reach the model, or None for text
     show(part)                (text, HTML) for a person
     fingerprint(part)         a text that is equal for equal content, of a decoded part (a film is decoded into others)
@@ -16,6 +16,7 @@ from typing import Any
 
 from ..clean import BadRow
 from . import audio, image, text, video
+from .source import Wanted
 
 KINDS: dict[str, Any] = {"text": text, "image": image, "audio": audio, "video": video}
 FEEDS = {name: kind.FEED for name, kind in KINDS.items() if kind.FEED}
@@ -31,15 +32,41 @@ def check_part(part: Any) -> dict[str, Any]:
     return kind.check({name: value for name, value in part.items() if value is not None})
 
 
-def load_parts(messages: list[dict[str, Any]], frames: int = video.FRAMES) -> list[dict[str, Any]]:
-    """Return the messages with every part decoded, as the model is given them. Raises BadRow for media that cannot be."""
+def load_parts(
+    messages: list[dict[str, Any]], frames: int = video.FRAMES, seconds: float | None = None
+) -> list[dict[str, Any]]:
+    """Return the messages with every part decoded, as the model is given them. Raises BadRow for media that cannot be.
+
+    Args:
+        frames: pictures taken from a film.
+        seconds: longer clips become several parts of at most this length, in the same turn (`count_pieces` tells how
+            many); None: they are refused.
+    """
+    wanted = Wanted(frames, seconds)
     return [
         {
             **message,
-            "content": [loaded for part in message["content"] for loaded in KINDS[part["type"]].load(part, frames)],
+            "content": [loaded for part in message["content"] for loaded in KINDS[part["type"]].load(part, wanted)],
         }
         for message in messages
     ]
+
+
+def find_longest_piece(long_clips: str, processor: Any) -> float | None:
+    """Return `load_parts`' seconds for data.long_clips: what the model hears when it says split, else None."""
+    takes_sound = long_clips == "split" and FEEDS["audio"].tokens(processor)
+    return audio.longest(processor) if takes_sound else None
+
+
+def count_pieces(messages: list[dict[str, Any]]) -> tuple[int, int]:
+    """Return (clips that were split, parts that they became) of decoded messages."""
+    pieces = [part for message in messages for part in message["content"] if "pieces" in part]
+    return sum(part["piece"] == 1 for part in pieces), len(pieces)
+
+
+def describe_pieces(clips: int, pieces: int) -> str:
+    """Return the sentence that tells of split clips."""
+    return f"Note: {clips} long clips became {pieces} parts (data.long_clips: split); each part has soft tokens of its own."
 
 
 def fingerprint_turn(message: Mapping[str, Any]) -> str:
