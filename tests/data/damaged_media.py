@@ -161,8 +161,8 @@ def make_clips(folder: Path, seed: int = 3407, number: int = 200) -> list[Case]:
     cases += [Case(kind, data, KEPT) for kind, data in whole.items()]
     for kind, data in whole.items():
         for end, part in cut(data):
-            # what is left of a cut OGG file is a whole, shorter one; an MP3 file's length is known to two frames
-            known = kind in ("WAV", "FLAC") or (kind == "MP3" and end < 0.8 * len(data))
+            # what is left of a cut OGG file is a whole, shorter one; an MP3's length stands in its first frame, and is known to two
+            known = kind in ("WAV", "FLAC") or (kind == "MP3" and 0.2 < end / len(data) < 0.8)
             cases.append(Case(f"{kind} cut at {end}", part, "corrupt_media" if known else ""))
     for value in (np.nan, np.inf, -np.inf):
         for place in (0, 7_999, 15_999):
