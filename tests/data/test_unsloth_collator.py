@@ -98,7 +98,7 @@ def compare(folder: Path, tmp_path: Path, device: str) -> dict[str, Any]:
         check=True,
         timeout=500,
         cwd=tmp_path,
-        env={**os.environ, **hidden, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, **hidden, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
     )
     return json.loads((tmp_path / "found.json").read_text())
 

@@ -66,7 +66,7 @@ def count_pieces(messages: list[dict[str, Any]]) -> tuple[int, int]:
 
 def describe_pieces(clips: int, pieces: int) -> str:
     """Return the sentence that tells of split clips."""
-    return f"Note: {clips} long clips became {pieces} parts (data.long_clips: split); each part has soft tokens of its own."
+    return f"Long clips split (data.long_clips): {clips} became {pieces} parts, each with soft tokens of its own."
 
 
 def fingerprint_turn(message: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ def check(part: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def can_encode(text: str) -> bool:
-    """Say whether a text can be written as UTF-8; a lone surrogate cannot. Fifty times faster than looking at each letter."""
+    """Say whether a text can be written as UTF-8; a lone surrogate cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
