@@ -1,6 +1,10 @@
 """Where rows may come from beside one file: folders, slices, streams, lists in memory; and what is said about overlaps."""
 
 import json
+import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +263,23 @@ def test_large_files_are_kept_on_disk_and_read_the_same(size: int, load: Any, mo
     data = load(path="rows.jsonl", test=10)
     assert sorted(numbers(data["train"]) + numbers(data["test"])) == [*range(600)]
     assert bool(data["train"].cache_files) == (size == 0)
+
+
+def test_what_a_killed_process_left_on_disk_is_removed(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", own_folder)
+    dead = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True
+    ).stdout.strip()
+    left = [
+        own_folder / f"forgekit-{host}-{owner}-abc"
+        for host in (platform.node(), "other")
+        for owner in (dead, os.getpid())
+    ]
+    for folder in left:
+        folder.mkdir()
+    made = rows.make_scratch()
+    assert [folder.exists() for folder in left] == [False, True, True, True]
+    assert made.is_dir()
 
 
 def test_a_line_that_would_fill_the_memory_is_passed_over(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
