@@ -1,6 +1,8 @@
 """The adapter alone: small, and enough together with its base. Also the way back: a folder that answers questions."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,26 @@ def export_adapter(
         raise ExportError(
             "The model has no adapter (load_in: full trains the weights themselves): export merged instead."
         )
-    # the name that the recipe has, so that the files do not depend on a path of this machine
-    model.peft_config["default"].base_model_name_or_path = config.model.id
-    model.peft_config["default"].revision = config.model.revision
-    model.save_pretrained(str(folder), save_embedding_layers=False)  # LoRA leaves the vocabulary as it is
+    with named_base(model.peft_config["default"], config):
+        model.save_pretrained(str(folder), save_embedding_layers=False)  # LoRA leaves the vocabulary as it is
     processor.save_pretrained(str(folder))
     write_card(folder, config, "adapter", scores)
     compare_adapter(model, folder)
     return folder
+
+
+@contextlib.contextmanager
+def named_base(adapter: Any, config: Config) -> Iterator[None]:
+    """Name the base as the recipe does while an adapter is saved, so that its files do not depend on a path of this machine.
+
+    Put back afterwards: PEFT looks the base up by that name when training goes on and saves a checkpoint.
+    """
+    before = adapter.base_model_name_or_path, adapter.revision
+    adapter.base_model_name_or_path, adapter.revision = config.model.id, config.model.revision
+    try:
+        yield
+    finally:
+        adapter.base_model_name_or_path, adapter.revision = before
 
 
 def compare_adapter(model: Any, folder: Path) -> None:

@@ -158,3 +158,17 @@ def test_a_model_without_an_adapter_has_none_to_export(make_config: Any, tmp_pat
     config = make_config({"model.load_in": "full", "export.formats": ["merged"]})
     with pytest.raises(ExportError, match="The model has no adapter .* export merged instead"):
         export_adapter(*load_model(config), config, tmp_path / "lora")
+
+
+def test_training_can_go_on_after_an_export(
+    make_learned: Any, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """The files name the base as the recipe does; PEFT looks it up by its folder when a checkpoint is saved."""
+    model, processor, config = make_learned()
+    before = model.peft_config["default"].base_model_name_or_path
+    export_adapter(model, processor, config.change({"model.id": "tiny"}), tmp_path / "lora")
+    assert json.loads((tmp_path / "lora/adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
+    assert model.peft_config["default"].base_model_name_or_path == before
+    recwarn.clear()
+    model.save_pretrained(str(tmp_path / "checkpoint"))
+    assert not [str(warning.message) for warning in recwarn if "config file" in str(warning.message)]
