@@ -32,6 +32,8 @@ if TYPE_CHECKING:  # the table of contents, in order of flow
 
     # train
     from .train.sft import sft_trainer as sft_trainer
+    from .train.fast_path import enable_fast_path as enable_fast_path
+    from .train.fast_path import disable_fast_path as disable_fast_path
 
     # evaluate
     from .evaluate.scores import Scores as Scores
@@ -74,6 +76,8 @@ CONTENTS = {
     "count_trainable": "adapter.lora",
     # train
     "sft_trainer": "train.sft",
+    "enable_fast_path": "train.fast_path",
+    "disable_fast_path": "train.fast_path",
     # evaluate
     "evaluate_model": "evaluate.scores",
     "compare_scores": "evaluate.scores",

@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 Switch = Annotated[  # YAML 1.1 and Python say true and false where a recipe says on and off
     Literal["auto", "on", "off"], BeforeValidator(lambda value: {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value)
 ]  # fmt: skip
+Memory = Literal["low", "auto", "high"] | Annotated[float, Field(gt=0)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]  # a list in YAML, unchangeable here
 
 
@@ -105,6 +106,10 @@ class Model(Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
         "auto", "auto: bfloat16 on Ampere GPUs and newer, float16 on older ones through Unsloth, float32 on a CPU"
     )
+    offload_ple: Switch = setting(
+        "auto",
+        "keep the per-layer embedding table (4.0 GB in E2B, 4.7 GB in E4B) in the machine's memory; auto: when train.memory is low",
+    )
     max_length: int = setting(
         2048,
         "longest row in tokens (media included); a fixed, positive number: longer rows are refused, never cut",
@@ -163,6 +168,21 @@ class Train(Section):
     )
     gradient_checkpointing: Switch = setting(
         "auto", "compute activations again instead of keeping them: saves memory, costs time; auto: on with a GPU"
+    )
+    fast: Switch = setting(
+        "auto",
+        "compute no row that teaches nothing (exact: same loss, same gradients); auto: wherever the model allows it",
+    )
+    compile: Switch = setting(
+        "auto",
+        "fuse the fast path's layers with torch.compile, about a minute; auto: on a GPU when the run is long enough",
+    )
+    memory: Memory = setting(
+        "auto",
+        "what the fast path keeps for its backward: low (nothing: least memory), high (all: fastest), auto (what fits), or so many GiB in use",
+    )
+    guard: Literal["stop", "warn"] = setting(
+        "stop", "what a failed check of the training stack does before the first step"
     )
     report_to: Names = setting(
         (), "trackers that transformers knows, for instance tensorboard; metrics.jsonl is always written"

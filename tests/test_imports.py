@@ -27,8 +27,11 @@ RANKS = {name: rank for rank, names in enumerate(TIERS) for name in names}
 CONTENTS = "__init__"  # forgekit/__init__.py names everything and is imported by the command alone
 
 HEAVY = {"torch", "transformers", "trl", "peft", "unsloth", "unsloth_zoo", "datasets", "timm", "matplotlib", "pandas"}
-# subclasses of transformers' and pandas' own classes, and the code that makes the built-in model
-MAY_BE_HEAVY = ("train/callbacks.py", "table.py", "model/tiny*.py", "model/timm_args.py")
+# subclasses of transformers', pandas' and torch's own classes, and the code that makes the built-in model
+MAY_BE_HEAVY = (
+    *("train/callbacks.py", "table.py", "model/tiny*.py", "model/timm_args.py"),
+    *(f"train/{name}.py" for name in ("fast_path", "row_skip", "rows", "decoder", "attention", "flash", "loss", "recompute")),
+)
 
 
 @pytest.fixture(scope="session")

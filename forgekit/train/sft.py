@@ -10,6 +10,7 @@ from ..errors import ConfigError
 from ..hardware import choose_device
 from ..model.load import start_engine
 from ..run_folder import Run
+from .speed import train_fast
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -56,6 +57,8 @@ def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config,
     if engine == "huggingface" or choose_device(config) == "cpu":
         weigh_tokens_alike(trainer)
     remove_default_output(trainer)
+    if config.train.fast != "off":
+        train_fast(trainer, config, run)
     report_failure(trainer, status)
     return trainer
 

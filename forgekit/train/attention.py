@@ -1,0 +1,139 @@
+"""Attention over tokens that stand in one line (rows.py): a kernel for every device, and flash attention where it is right.
+
+    queries [Q, heads, d], keys and values [N, kv heads, d] -> [Q, heads, d]
+
+Query i looks at the keys from first[i] up to its own place. `padded` spreads the line over [rows, longest] again and uses
+torch's scaled_dot_product_attention with a mask. `flash` takes the line as it is; it needs half precision on a GPU and, in the
+upper layers, kept tokens that are the last of their row.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from .flash import flash
+from .rows import Line, Rows, choose_rows
+
+
+class Plan(NamedTuple):
+    """What the kernel of one stage and one attention kind needs; tensors only, so that a compiler meets no new numbers.
+
+    padded: slots [Q] and key_slots [N], places in [rows * longest row]; mask, bool [rows, 1, longest queries, longest keys].
+    flash: slots and key_slots, int32 [rows + 2], where rows start; limits, on the CPU: the longest row in queries and in keys,
+    and how many keys before its own a query sees (-1: all).
+    """
+
+    kernel: str
+    slots: torch.Tensor
+    key_slots: torch.Tensor
+    mask: torch.Tensor
+    limits: torch.Tensor
+
+
+def plan_attention(rows: Rows, stage: str, kind: str, window: int | None, kernel: str) -> Plan:
+    """Prepare attention for the "lower" or "upper" stage."""
+    line = rows.lower if stage == "lower" else rows.upper
+    if kernel == "flash" and rows.whole and (stage == "lower" or rows.suffix):
+        empty = torch.empty(0, device=rows.flat.device)
+        limits = [longest_row(line, rows), longest_row(rows.lower, rows), -1 if window is None else window - 1]
+        return Plan("flash", row_starts(line), row_starts(rows.lower), empty, torch.tensor(limits))
+    return plan_padded(rows, line, kind)
+
+
+def longest_row(line: Line, rows: Rows) -> int:
+    """Return the length of the longest row, the filling's included."""
+    return max(line.longest, rows.flat.numel() - rows.tokens, 1)
+
+
+def row_starts(line: Line) -> torch.Tensor:
+    """Return int32 [rows + 2]: where each row starts in the line, and where the last ends; filling is a row of its own."""
+    return F.pad(line.counts.cumsum(0), (1, 0)).int()
+
+
+def plan_padded(rows: Rows, line: Line, kind: str) -> Plan:
+    """Prepare the mask of [rows, 1, longest queries, longest keys] and the places of queries and keys in it.
+
+    Filling goes to a slot behind the last, and reads the first.
+    """
+    keys = rows.lower
+    width, key_width = line.longest, keys.longest
+    slots = torch.where(line.row < rows.batch, line.row * width + line.place, rows.batch * width)
+    key_slots = torch.where(keys.row < rows.batch, keys.row * key_width + keys.place, rows.batch * key_width)
+    start = (keys.counts.cumsum(0) - keys.counts)[line.row]
+    first = spread(rows.first[kind][line.index] - start, slots, rows.batch * width).view(rows.batch, width, 1)
+    own = spread(line.index - start, slots, rows.batch * width).view(rows.batch, width, 1)
+    key = torch.arange(key_width, device=slots.device)
+    mask = ((key >= first) & (key <= own))[:, None]
+    return Plan("padded", slots, key_slots, mask, torch.empty(0, dtype=torch.int64))
+
+
+def spread(values: torch.Tensor, slots: torch.Tensor, size: int) -> torch.Tensor:
+    """Put values [Q, ...] into their slots of [size, ...]; the other slots are zero."""
+    return values.new_zeros(size + 1, *values.shape[1:]).index_copy(0, slots, values)[:size]
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """Return softmax(q k) v; Gemma 3n scales by one, because its queries and keys are normed."""
+    if plan.kernel == "flash":
+        return flash(q.contiguous(), k.contiguous(), v.contiguous(), plan.slots, plan.key_slots, plan.limits)[0]
+    return attend_padded(q, k, v, plan)
+
+
+def attend_padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """Attend in [rows, heads, longest, d].
+
+    Keys are repeated for all query heads: given fewer, scaled_dot_product_attention with a mask falls back to a slow kernel.
+    """
+    batch, _, width, key_width = plan.mask.shape
+    group = q.shape[1] // k.shape[1]
+    queries = spread(q, plan.slots, batch * width).view(batch, width, *q.shape[1:]).transpose(1, 2)
+    keys, values = (
+        spread(x, plan.key_slots, batch * key_width).view(batch, key_width, *x.shape[1:]).transpose(1, 2)
+        for x in (k, v)
+    )
+    if group > 1:
+        keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
+    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=plan.mask, scale=1.0)
+    out = out.transpose(1, 2).reshape(batch * width, *q.shape[1:])
+    return out.index_select(0, plan.slots.clamp(max=batch * width - 1))
+
+
+def flash_is_right(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, width: int) -> bool:
+    """Say whether `flash` runs here and agrees with `padded`, forward and backward, on a small batch with a window.
+
+    Both are compared with `padded` in float32: flash may be off by twice as much as `padded` in this precision, and a little.
+    """
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    labels = torch.full((3, 150), -100, device=device)
+    mask = torch.ones_like(labels)
+    for row, (start, learned) in enumerate([(0, 90), (40, 30), (100, 50)]):
+        mask[row, :start] = 0
+        labels[row, 150 - learned :] = 1
+    generator = torch.Generator(device).manual_seed(0)
+    for window in (None, 37):
+        rows = choose_rows(labels, mask, {"any": window}, 16)
+        assert rows is not None
+        for stage, line in (("lower", rows.lower), ("upper", rows.upper)):
+            shapes = [(line.index.numel(), heads, width), *2 * [(rows.flat.numel(), kv_heads, width)]]
+            q, k, v = (torch.randn(shape, generator=generator, device=device) / width**0.25 for shape in shapes)
+            used = line.row < rows.batch  # what the filling answers is not read
+            plans = {kernel: plan_attention(rows, stage, "any", window, kernel) for kernel in ("padded", "flash")}
+            try:
+                truth = run_kernel(q, k, v, plans["padded"], used)
+                padded, fast = (run_kernel(*(x.to(dtype) for x in (q, k, v)), plans[kernel], used) for kernel in plans)
+            except RuntimeError:
+                return False
+            for right, near, got in zip(truth, padded, fast, strict=True):
+                if not (got - right).norm() <= 2 * (near - right).norm() + 1e-3 * right.norm():
+                    return False
+    return True
+
+
+def run_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, used: torch.Tensor) -> list[torch.Tensor]:
+    """Return output and gradients in float32."""
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = attend(*inputs, plan)[used]
+    out.float().square().sum().backward()
+    return [out.detach().float(), *(x.grad.float() for x in inputs if x.grad is not None)]

@@ -1,0 +1,230 @@
+"""Gemma 3n's decoder on tokens in one line: the library's own modules, in an order that lets rows leave early.
+
+    embedded [N, H] ─ expand ─ streams [N, 4, H] ─ lower layers ─ source layer ─ shared layers ─ contract ─ hidden [M, H]
+                                                                 │ N tokens give keys and values
+                                                                 └ M kept tokens go on
+
+The layers behind the source layer share its keys and values (and those of the last layer of the other attention kind), so
+nobody reads a token there whose next token teaches nothing. The source layer itself needs it for its key and value alone.
+AltUp, four streams of which one is computed (https://arxiv.org/abs/2301.13310), is written out here because the library's
+products with 4 x 4 matrices cannot be fused; everything that holds weights is called as the module that the model has.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from transformers.models.gemma3n.modeling_gemma3n import apply_rotary_pos_emb
+
+from .attention import Plan, attend, plan_attention
+from .rows import Rows
+
+Step = Callable[..., Any]
+
+
+class Place(NamedTuple):
+    """Where the queries of a layer stand: rotary angles of [Q, d] and the attention's plan."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    plan: Plan
+
+
+def run_decoder(
+    text: Any,
+    embedded: torch.Tensor,
+    per_layer: torch.Tensor | None,
+    rows: Rows,
+    windows: dict[str, int | None],
+    kernel: str,
+    run: Callable[..., Any],
+) -> torch.Tensor:
+    """Return the normed hidden states of the kept tokens, [M, H].
+
+    Args:
+        text: a Gemma3nTextModel, adapted or not.
+        embedded: [rows, columns, H], pictures and sound merged in.
+        per_layer: [rows, columns, layers, P] from the per-layer table, or None.
+        run: calls a step; it decides about compiling and about keeping what the backward needs: run(step, *arguments).
+    """
+    config, last_own = text.config, find_source(text)
+    clamp_coefficients(text)
+    x = embedded.flatten(0, 1).index_select(0, rows.flat)
+    if per_layer is not None:
+        per_layer = per_layer.flatten(0, 1).index_select(0, rows.flat)[None]
+    per_layer = text.project_per_layer_inputs(x[None], per_layer)[0]
+    kept = rows.upper.index
+    lower, upper = ({kind: make_place(text, x, rows, stage, kind, windows[kind], kernel) for kind in windows} for stage in ("lower", "upper"))  # fmt: skip
+    streams = run(expand, text, x)
+    stored: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for number, layer in enumerate(text.layers[: config.num_hidden_layers]):
+        kind = config.layer_types[number]
+        if number < last_own:
+            streams, *own = run(lower_layer, layer, streams, per_layer[:, number], lower[kind])
+        elif number == last_own:
+            angles = lower[kind].cos, lower[kind].sin
+            streams, *own = run(source_layer, layer, streams, per_layer[kept, number], *angles, upper[kind], kept)
+            per_layer = per_layer.index_select(0, kept)
+        else:
+            own = stored[layer.self_attn.kv_shared_layer_index]
+            streams = run(shared_layer, layer, streams, per_layer[:, number], upper[kind], *own)
+        if layer.self_attn.store_full_length_kv:
+            stored[number] = (own[0], own[1])
+    return run(contract, text, streams)
+
+
+def find_source(text: Any) -> int:
+    """Return the number of the last layer with keys of its own; it is the last layer of a model that shares none."""
+    config = text.config
+    first_shared = config.num_hidden_layers - config.num_kv_shared_layers
+    return (first_shared if first_shared > 0 else config.num_hidden_layers) - 1
+
+
+def make_place(text: Any, x: torch.Tensor, rows: Rows, stage: str, kind: str, window: int | None, kernel: str) -> Place:
+    """Compute the rotary angles of a stage's queries and plan its attention."""
+    positions = rows.positions if stage == "lower" else rows.positions[rows.upper.index]
+    cos, sin = text.rotary_emb(x, positions[None], kind)
+    return Place(cos[0], sin[0], plan_attention(rows, stage, kind, window, kernel))
+
+
+def clamp_coefficients(text: Any) -> None:
+    """Clamp AltUp's prediction weights in place, which the library does in each training forward.
+
+    Outside of the layers, because a compiler takes no change of a weight; frozen ones need it once.
+    """
+    clip = text.config.altup_coef_clip
+    if clip is None or not text.training:
+        return
+    for layer in text.layers:
+        weight = layer.altup.prediction_coefs.weight
+        if weight.requires_grad or not getattr(layer.altup, "_forgekit_clamped", False):
+            weight.data.clamp_(-clip, clip)
+            layer.altup._forgekit_clamped = True
+
+
+def expand(text: Any, x: torch.Tensor) -> torch.Tensor:
+    """Make the streams, each scaled to the magnitude of the first. [N, H] -> [N, 4, H]"""
+    target = x.square().mean(-1, keepdim=True) ** 0.5
+    return torch.stack([x, *(rescale(project(x), x, target) for project in text.altup_projections)], 1)
+
+
+def contract(text: Any, streams: torch.Tensor) -> torch.Tensor:
+    """Take the mean of the streams and norm it. [M, 4, H] -> [M, H]"""
+    first = streams[:, 0]
+    target = first.square().mean(-1, keepdim=True) ** 0.5
+    projections = enumerate(text.altup_unembed_projections, 1)
+    scaled = [rescale(project(streams[:, stream]), first, target) for stream, project in projections]
+    return text.norm(torch.stack([first, *scaled]).mean(0))
+
+
+def rescale(x: torch.Tensor, like: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Scale x to a root mean square of `target`."""
+    x = x.to(like.dtype)
+    return x * target / x.square().mean(-1, keepdim=True).clamp_min(1e-5).sqrt()
+
+
+def lower_layer(
+    layer: Any, streams: torch.Tensor, per_layer: torch.Tensor, place: Place
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One layer on all tokens. Returns streams, keys and values."""
+    predictions = predict(layer.altup, streams)
+    normed = layer.input_layernorm(predictions[:, layer.config.altup_active_idx])
+    k, v = make_keys(layer.self_attn, normed, place.cos, place.sin)
+    return finish_layer(layer, predictions, normed, per_layer, place, k, v), k, v
+
+
+def source_layer(
+    layer: Any,
+    streams: torch.Tensor,
+    per_layer: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    place: Place,
+    kept: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys and values of all tokens, the rest of the layer on the kept ones. [N, 4, H] -> [M, 4, H], keys, values"""
+    active = layer.config.altup_active_idx
+    normed = layer.input_layernorm(predict(layer.altup, streams, active)[:, 0])
+    k, v = make_keys(layer.self_attn, normed, cos, sin)
+    predictions = predict(layer.altup, streams.index_select(0, kept))
+    return finish_layer(layer, predictions, normed.index_select(0, kept), per_layer, place, k, v), k, v
+
+
+def shared_layer(
+    layer: Any, streams: torch.Tensor, per_layer: torch.Tensor, place: Place, k: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    """One layer on the kept tokens, with the keys and values of a layer below."""
+    predictions = predict(layer.altup, streams)
+    normed = layer.input_layernorm(predictions[:, layer.config.altup_active_idx])
+    return finish_layer(layer, predictions, normed, per_layer, place, k, v)
+
+
+def make_keys(
+    attention: Any, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return keys and values, each [N, kv heads, d]."""
+    shape = (normed.shape[0], -1, attention.head_dim)
+    k = apply_rotary_pos_emb(attention.k_norm(attention.k_proj(normed).view(shape)), cos, sin)
+    return k, attention.v_norm(attention.v_proj(normed).view(shape))
+
+
+def finish_layer(
+    layer: Any,
+    predictions: torch.Tensor,
+    normed: torch.Tensor,
+    per_layer: torch.Tensor,
+    place: Place,
+    k: torch.Tensor,
+    v: torch.Tensor,
+) -> torch.Tensor:
+    """Attention, LAuReL, feed-forward, AltUp's correction and the per-layer input of Q tokens. Returns streams [Q, 4, H]."""
+    config, altup, attention = layer.config, layer.altup, layer.self_attn
+    active = predictions[:, config.altup_active_idx]
+    q = attention.q_proj(normed).view(normed.shape[0], -1, attention.head_dim)
+    q = apply_rotary_pos_emb(attention.q_norm(q), place.cos, place.sin)
+    heard = attend(q, k.to(q.dtype), v.to(q.dtype), place.plan).flatten(1)
+    heard = layer.post_attention_layernorm(attention.o_proj(heard))
+    heard = (active + heard + layer.laurel(normed)) / math.sqrt(2)
+    thought = heard + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(heard)))
+    corrected = correct(altup, predictions, thought, config)
+    first = corrected[:, config.altup_active_idx]
+    if config.altup_correct_scale:
+        first = altup.scale_corrected_output(first)
+    first = layer.per_layer_projection(layer.act_fn(layer.per_layer_input_gate(first)) * per_layer)
+    first = layer.post_per_layer_input_norm(first)
+    return torch.cat([corrected[:, :1], corrected[:, 1:] + first[:, None]], 1)
+
+
+def predict(altup: Any, streams: torch.Tensor, only: int | None = None) -> torch.Tensor:
+    """Predict each stream from all of them: stream o becomes itself + sum over i of stream i * c[o, i]. [N, 4, H]
+
+    Args:
+        only: predict this stream alone, [N, 1, H].
+    """
+    number = altup.config.altup_num_inputs
+    routed = altup.compute_router_modalities(streams[:, altup.config.altup_active_idx])
+    coefficients = altup.prediction_coefs(routed).view(-1, number, number)
+    outputs = range(number) if only is None else [only]
+    if torch.compiler.is_compiling():
+        # as sums, one kernel reads the streams once; a product with 4 x 4 matrices would be a kernel of its own
+        return torch.stack([streams[:, o] + sum(streams[:, i] * coefficients[:, o, i, None] for i in range(number)) for o in outputs], 1).to(streams.dtype)  # fmt: skip
+    wanted = coefficients if only is None else coefficients[:, only : only + 1]
+    own = streams if only is None else streams[:, only : only + 1]
+    return (torch.matmul(wanted, streams) + own).to(streams.dtype)
+
+
+def correct(altup: Any, predictions: torch.Tensor, activated: torch.Tensor, config: Any) -> torch.Tensor:
+    """Move every prediction by what the computed stream turned out to differ. [Q, 4, H]
+
+    The library passes by an adapter on these coefficients while it trains, because it clamps their weight; so does this.
+    """
+    routed = altup.compute_router_modalities(activated)
+    if altup.training and config.altup_coef_clip is not None:
+        clip = config.altup_coef_clip
+        coefficients = F.linear(routed, altup.correction_coefs.weight.clamp(-clip, clip)) + 1.0
+    else:
+        coefficients = altup.correction_coefs(routed) + 1.0
+    innovation = activated - predictions[:, config.altup_active_idx]
+    return (predictions + innovation[:, None] * coefficients[:, :, None]).to(activated.dtype)

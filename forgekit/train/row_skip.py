@@ -1,0 +1,179 @@
+"""The training forward that computes no row which teaches nothing. Exact: same loss, same gradients.
+
+    Gemma3nForConditionalGeneration.forward(labels=...)          replaced on the instance
+      ├─ Gemma3nModel.forward                                    the library's: pictures and sound are merged in
+      │    └─ Gemma3nTextModel.forward                           replaced on the instance: decoder.py on the rows of rows.py
+      └─ head and loss                                           loss.py, on the kept tokens
+
+Without labels, in evaluation, and where a batch asks for something that needs every row, the library's own forward runs.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .decoder import run_decoder
+from .loss import TokenLosses, measure_tokens, score_logits
+from .recompute import Memory, plan_memory
+from .rows import Rows, choose_rows
+
+if TYPE_CHECKING:
+    from .fast_path import FastPath
+
+MULTIPLE = 64  # compiled steps fill their tokens up to a multiple of this: rows of 60 tokens gain too
+# what a batch may ask for that only the library's forward gives
+WHOLE = ("output_hidden_states", "output_attentions", "position_ids", "past_key_values", "shift_labels", "use_cache", "logits_to_keep")  # fmt: skip
+
+
+def wrap_forward(library: Callable[..., Any], path: "FastPath") -> Any:
+    """Return the forward of the whole model; `library` is the one that stood there."""
+    taken = [name for name in inspect.signature(type(path.base).forward).parameters if name != "self"]
+
+    @functools.wraps(type(path.base).forward)  # its signature is looked at by Trainer and by generate
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not path.on or not self.training:
+            return library(*args, **kwargs)
+        values = {**dict(zip(taken, args, strict=False)), **kwargs}
+        reason = find_request(path, values)
+        rows = None
+        if not reason:
+            mask = values.get("attention_mask")
+            rows = choose_rows(values["labels"], mask, path.windows, MULTIPLE if path.compiled else 1)
+            reason = None if rows else "padding was given a label"
+        if rows is None:
+            path.fall_back(str(reason))
+            return library(*args, **kwargs)
+        fused = bool(values.get("fused_lm_head"))  # how TRL's SFTTrainer asks for the loss of each token
+        tokens = run_model(path, values, rows, statistics=fused)
+        loss = average(tokens.loss, rows, values.get("num_items_in_batch"))
+        return make_fused_output(loss, tokens, rows, values["labels"]) if fused else make_output(path, loss)
+
+    forward._forgekit = path  # type: ignore[attr-defined]
+    return forward
+
+
+def find_request(path: "FastPath", values: dict[str, Any]) -> str | None:
+    """Say what a batch asks for that needs every row, or return None."""
+    if values.get("labels") is None:
+        return "no labels were given (label smoothing, or a loss of the caller's own, needs all logits)"
+    asked = [name for name in WHOLE if isinstance(values.get(name), torch.Tensor) or values.get(name)]
+    if asked:
+        return f"{asked[0]} was asked for"
+    if values.get("return_dict") is False:
+        return "a tuple was asked for"
+    for name in ("output_hidden_states", "output_attentions"):
+        if getattr(path.base.config, name, False) or getattr(path.text.config, name, False):
+            return f"the configuration asks for {name}"
+    mask = values.get("attention_mask")
+    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
+        return "the attention mask is not one number a token"
+    return None
+
+
+def run_model(path: "FastPath", values: dict[str, Any], rows: Rows, statistics: bool) -> TokenLosses:
+    """Run the model up to the loss of each kept token."""
+    ours = ("labels", "num_items_in_batch", "fused_lm_head", "logits_to_keep", "return_dict", "use_cache")
+    inputs = {name: value for name, value in values.items() if value is not None and name not in ours}
+    path.rows = rows
+    try:
+        hidden = path.base.model(**inputs, use_cache=False).last_hidden_state[0]
+    finally:
+        path.rows = None
+    path.count(rows)
+    head, cap = path.base.get_output_embeddings(), path.text.config.final_logit_softcapping
+    return measure_tokens(head, hidden, rows.targets, cap, statistics, path.get_step(score_logits))
+
+
+def average(losses: torch.Tensor, rows: Rows, items: Any) -> torch.Tensor:
+    """Return the sum of the losses over `num_items_in_batch`, or their mean, as the library's loss does."""
+    if items is None:
+        return losses.sum() / rows.learned if rows.learned else losses.sum() / 0.0  # NaN, as the library's
+    return losses.sum() / (items.to(losses.device) if torch.is_tensor(items) else items)
+
+
+def make_output(path: "FastPath", loss: torch.Tensor) -> Any:
+    """Return what the library returns, without logits."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+    from transformers.models.gemma3n.modeling_gemma3n import Gemma3nCausalLMOutputWithPast
+
+    whole = path.text is not path.base.model
+    return Gemma3nCausalLMOutputWithPast(loss=loss) if whole else CausalLMOutputWithPast(loss=loss)
+
+
+def make_fused_output(loss: torch.Tensor, tokens: TokenLosses, rows: Rows, labels: torch.Tensor) -> Any:
+    """Return TRL's output for `fused_lm_head=True`: log-probability, entropy and correctness, each [rows, columns - 1]."""
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    places = rows.flat[rows.upper.index][: rows.learned]
+
+    def unfold(values: torch.Tensor | None) -> torch.Tensor:
+        assert values is not None
+        empty = values.new_zeros(rows.batch * rows.columns)
+        # a batch that teaches nothing stays connected to the weights, so that its backward is a zero and not an error
+        empty = empty + 0 * values.float().sum() if values.requires_grad else empty
+        return empty.index_copy(0, places, values[: rows.learned]).view(rows.batch, rows.columns)[:, :-1]
+
+    return FusedCausalLMOutput(
+        loss=loss,
+        log_probs=unfold(-tokens.loss),
+        entropy=unfold(tokens.entropy),
+        is_top1=unfold(tokens.right),
+        label_mask=labels[:, 1:] != -100,
+    )
+
+
+def wrap_text(library: Callable[..., Any], path: "FastPath") -> Any:
+    """Return the forward of the language model, which takes the rows that the whole model's forward chose."""
+
+    @functools.wraps(type(path.text).forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if path.rows is None:
+            return library(*args, **kwargs)
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        ids, embedded, per_layer = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "per_layer_inputs"))
+        if ids is not None:
+            embedded, per_layer = self.embed_tokens(ids), self.get_per_layer_inputs(ids)
+        run = functools.partial(run_step, path, plan_memory(path.memory, path.rows.flat.device))
+        hidden = run_decoder(self, embedded, per_layer, path.rows, path.windows, path.kernel, run)
+        return BaseModelOutputWithPast(last_hidden_state=hidden[None])
+
+    forward._forgekit = path  # type: ignore[attr-defined]
+    return forward
+
+
+def run_step(path: "FastPath", memory: Memory, step: Callable[..., Any], module: Any, x: torch.Tensor, *rest: Any) -> Any:  # fmt: skip
+    """Run one step of the decoder on the rows of x, compiled and recomputed as the settings say."""
+    layer = hasattr(module, "mlp")
+    kind = (step.__name__, layer and module.mlp.activation_sparsity)
+    if path.compiled and layer:  # expanding and contracting happen once and would not pay for it
+        if torch.is_grad_enabled() and not x.requires_grad:
+            x = Attach.apply(x, x.new_zeros((), requires_grad=True))
+        mark_lengths((x, *rest))
+        step = path.get_step(step)
+    return memory.run(step, kind, x.shape[0], module, x, *rest)
+
+
+class Attach(torch.autograd.Function):
+    """Hangs streams of frozen embeddings on the graph, so that the first layer needs no compiled form of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def mark_lengths(arguments: Any) -> None:
+    """Tell the compiler that tokens are counted anew in each batch, so that one graph serves all lengths."""
+    for value in arguments:
+        if isinstance(value, tuple):
+            mark_lengths(value)
+        elif isinstance(value, torch.Tensor) and value.numel():
+            for size in (0, 2, 3) if value.dtype == torch.bool else (0,):
+                torch._dynamo.maybe_mark_dynamic(value, size)

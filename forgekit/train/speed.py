@@ -1,0 +1,73 @@
+"""`train.fast`, `train.memory` and `train.compile` for a trainer: the fast path is on while it trains, and says what it saved."""
+
+import functools
+import math
+from typing import Any
+
+from ..config import Config
+from ..errors import ModelError
+from ..hardware import choose_device
+from ..run_folder import Run
+
+# Compiling costs about 45 s, and a compiled forward and backward of E2B is about 0.3 s faster than an eager one (an H200, 1,024
+# tokens), most of it launches: after so many batches the one has paid for the other.
+BATCHES_TO_COMPILE = 150
+
+
+def train_fast(trainer: Any, config: Config, run: Run) -> None:
+    """Let `trainer.train` turn the fast path on before it starts and off when it ends.
+
+    While it is off, evaluation, generation, copies and exports meet the library's own model.
+    """
+    from .fast_path import disable_fast_path, enable_fast_path
+
+    train = trainer.train
+
+    @functools.wraps(train)
+    def train_with_fast_path(*args: Any, **kwargs: Any) -> Any:
+        compiled, why = choose_compile(trainer, config)
+        path = enable_fast_path(trainer.model, memory=choose_memory(config), compiled=compiled)
+        if path is None:
+            if config.train.fast == "on":
+                raise ModelError(
+                    "train.fast: on was asked for, and the fast path does not apply. Set it to auto or off."
+                )
+            return train(*args, **kwargs)
+        print(f"fast path: on, attention by {path.kernel}, {why}")
+        # every learned token of an optimiser step weighs the same, however the step is split into batches
+        trainer.model_accepts_loss_kwargs = True
+        try:
+            return train(*args, **kwargs)
+        finally:
+            disable_fast_path(trainer.model)
+            print(path)
+            run.update(fast_path=path.summarize())
+
+    trainer.train = train_with_fast_path
+
+
+def choose_memory(config: Config) -> str | float:
+    """Resolve `train.memory: auto` where `train.gradient_checkpointing` already says it."""
+    if config.train.memory == "auto":
+        return {"on": "low", "off": "high", "auto": "auto"}[config.train.gradient_checkpointing]
+    return config.train.memory
+
+
+def choose_compile(trainer: Any, config: Config) -> tuple[bool, str]:
+    """Resolve `train.compile: auto`; return it with its reason."""
+    if config.train.compile != "auto":
+        return config.train.compile == "on", f"compiled: {config.train.compile}"
+    if choose_device(config) != "cuda":
+        return False, "not compiled: no GPU"
+    batches = count_batches(trainer)
+    if batches < BATCHES_TO_COMPILE:
+        return False, f"not compiled: {batches} batches would not pay for it (train.compile: on does it anyway)"
+    return True, f"compiled: {batches} batches pay for the first minute"
+
+
+def count_batches(trainer: Any) -> int:
+    """Return how many forward passes the training will take."""
+    args = trainer.args
+    if args.max_steps > 0:
+        return args.max_steps * args.gradient_accumulation_steps
+    return math.ceil(len(trainer.train_dataset) / args.per_device_train_batch_size * args.num_train_epochs)
