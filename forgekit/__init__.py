@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # the table of contents, in order of flow
     from .adapter.lora import count_trainable as count_trainable
 
     # train
+    from .train.guard import check_training as check_training
     from .train.sft import sft_trainer as sft_trainer
     from .train.fast_path import enable_fast_path as enable_fast_path
     from .train.fast_path import disable_fast_path as disable_fast_path
@@ -75,6 +76,7 @@ CONTENTS = {
     "add_adapter": "adapter.lora",
     "count_trainable": "adapter.lora",
     # train
+    "check_training": "train.guard",
     "sft_trainer": "train.sft",
     "enable_fast_path": "train.fast_path",
     "disable_fast_path": "train.fast_path",

@@ -40,6 +40,7 @@ def run_decoder(
     windows: dict[str, int | None],
     kernel: str,
     run: Callable[..., Any],
+    layers: list[Any] | None = None,
 ) -> torch.Tensor:
     """Return the normed hidden states of the kept tokens, [M, H].
 
@@ -48,8 +49,10 @@ def run_decoder(
         embedded: [rows, columns, H], pictures and sound merged in.
         per_layer: [rows, columns, layers, P] from the per-layer table, or None.
         run: calls a step; it decides about compiling and about keeping what the backward needs: run(step, *arguments).
+        layers: some of the model's layers; None: all.
     """
-    config, last_own = text.config, find_source(text)
+    layers = list(text.layers) if layers is None else layers
+    source = find_source(layers)
     clamp_coefficients(text)
     x = embedded.flatten(0, 1).index_select(0, rows.flat)
     if per_layer is not None:
@@ -58,28 +61,27 @@ def run_decoder(
     kept = rows.upper.index
     lower, upper = ({kind: make_place(text, x, rows, stage, kind, windows[kind], kernel) for kind in windows} for stage in ("lower", "upper"))  # fmt: skip
     streams = run(expand, text, x)
-    stored: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    for number, layer in enumerate(text.layers[: config.num_hidden_layers]):
-        kind = config.layer_types[number]
-        if number < last_own:
+    stored: dict[int, list[torch.Tensor]] = {}
+    for place, layer in enumerate(layers):
+        attention = layer.self_attn
+        number, kind = attention.layer_idx, text.config.layer_types[attention.layer_idx]
+        if place < source:
             streams, *own = run(lower_layer, layer, streams, per_layer[:, number], lower[kind])
-        elif number == last_own:
+        elif place == source:
             angles = lower[kind].cos, lower[kind].sin
             streams, *own = run(source_layer, layer, streams, per_layer[kept, number], *angles, upper[kind], kept)
             per_layer = per_layer.index_select(0, kept)
         else:
-            own = stored[layer.self_attn.kv_shared_layer_index]
+            own = stored[attention.kv_shared_layer_index]
             streams = run(shared_layer, layer, streams, per_layer[:, number], upper[kind], *own)
-        if layer.self_attn.store_full_length_kv:
-            stored[number] = (own[0], own[1])
+        if attention.store_full_length_kv:
+            stored[number] = own
     return run(contract, text, streams)
 
 
-def find_source(text: Any) -> int:
-    """Return the number of the last layer with keys of its own; it is the last layer of a model that shares none."""
-    config = text.config
-    first_shared = config.num_hidden_layers - config.num_kv_shared_layers
-    return (first_shared if first_shared > 0 else config.num_hidden_layers) - 1
+def find_source(layers: Any) -> int:
+    """Return the place of the last layer with keys of its own; it is the last one where none are shared."""
+    return max(place for place, layer in enumerate(layers) if not layer.self_attn.is_kv_shared_layer)
 
 
 def make_place(text: Any, x: torch.Tensor, rows: Rows, stage: str, kind: str, window: int | None, kernel: str) -> Place:

@@ -27,6 +27,7 @@ class FastPath:
     kernel: str
     compiled: bool
     windows: dict[str, int | None]
+    layers: list[Any] | None = None  # some of the layers, for the guard; None: all
     on: bool = True
     rows: Rows | None = None  # of the batch that is in its forward now
     steps: dict[Any, Any] = field(default_factory=dict)  # function -> its compiled form
@@ -72,7 +73,7 @@ class FastPath:
     def estimate_gain(self) -> float:
         """Return how many times the products of the library's forward outnumber ours; attention is left out."""
         layers = [sum(p.numel() for p in layer.parameters()) for layer in self.text.layers]
-        source = find_source(self.text)
+        source = find_source(self.text.layers)
         head = self.base.get_output_embeddings().weight.numel()
         ours = self.tokens * sum(layers[:source]) + self.learned * (sum(layers[source:]) + head)
         return self.places * (sum(layers) + head) / ours if ours else 1.0

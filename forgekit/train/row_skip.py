@@ -138,7 +138,7 @@ def wrap_text(library: Callable[..., Any], path: "FastPath") -> Any:
         if ids is not None:
             embedded, per_layer = self.embed_tokens(ids), self.get_per_layer_inputs(ids)
         run = functools.partial(run_step, path, plan_memory(path.memory, path.rows.flat.device))
-        hidden = run_decoder(self, embedded, per_layer, path.rows, path.windows, path.kernel, run)
+        hidden = run_decoder(self, embedded, per_layer, path.rows, path.windows, path.kernel, run, path.layers)
         return BaseModelOutputWithPast(last_hidden_state=hidden[None])
 
     forward._forgekit = path  # type: ignore[attr-defined]

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 # Unsloth compiles again for each new batch shape: with rows padded only to the longest of their batch, its first step of
 # four batches took 271 s on an H200 (benchmarks/README.md)
 GPU_MULTIPLE = 64
+# only the non-reentrant kind carries the gradients of Gemma 3n's shared keys and values, which travel through a dict
+CHECKPOINTING = {"use_reentrant": False}
 
 
 def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config, run: Run) -> "SFTTrainer":
@@ -113,7 +115,6 @@ def make_arguments(config: Config, engine: str, run: Run) -> "SFTConfig":
     from trl import SFTConfig
 
     train, cuda = config.train, choose_device(config) == "cuda"
-    checkpointing = cuda if train.gradient_checkpointing == "auto" else train.gradient_checkpointing == "on"
     save_steps = train.save_steps or train.eval_steps
     try:
         return SFTConfig(
@@ -141,10 +142,9 @@ def make_arguments(config: Config, engine: str, run: Run) -> "SFTConfig":
             load_best_model_at_end=bool(train.eval_steps),
             metric_for_best_model="eval_loss" if train.eval_steps else None,
             greater_is_better=False if train.eval_steps else None,
-            # Unsloth sets its own kind up while it adapts the model; elsewhere only the non-reentrant kind carries the
-            # gradients of Gemma 3n's shared keys and values, which travel through a dict
-            gradient_checkpointing=checkpointing and engine != "unsloth",
-            gradient_checkpointing_kwargs={"use_reentrant": False},
+            # Unsloth sets its own kind up while it adapts the model
+            gradient_checkpointing=use_checkpointing(config) and engine != "unsloth",
+            gradient_checkpointing_kwargs=CHECKPOINTING,
             bf16=cuda and model_is_half(config, "bfloat16"),
             fp16=cuda and model_is_half(config, "float16"),
             use_cpu=not cuda,
@@ -157,6 +157,12 @@ def make_arguments(config: Config, engine: str, run: Run) -> "SFTConfig":
         )
     except ValueError as error:
         raise ConfigError(f"train: transformers refuses a setting: {' '.join(str(error).split())}") from error
+
+
+def use_checkpointing(config: Config) -> bool:
+    """Resolve `train.gradient_checkpointing: auto`: on with a GPU."""
+    switch = config.train.gradient_checkpointing
+    return choose_device(config) == "cuda" if switch == "auto" else switch == "on"
 
 
 def model_is_half(config: Config, dtype: str) -> bool:

@@ -95,11 +95,12 @@ def test_clipped_coefficients_stay_clipped(small: Any) -> None:
         assert (ours == theirs).all()  # the library clamps weights in its forward
 
 
+@pytest.mark.slow
 def test_compiled_steps_serve_every_length_with_the_same_few_graphs(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """Traced as for a GPU and run by torch itself: without the minutes of a code generator, and in float64."""
     import torch
 
-    compile_function, graphs = torch.compile, []
+    compile_function, graphs, after_first = torch.compile, [], 0
 
     def count(graph: Any, inputs: Any) -> Any:
         graphs.append(graph)
@@ -114,7 +115,8 @@ def test_compiled_steps_serve_every_length_with_the_same_few_graphs(small: Any, 
         assert small.difference(right, small.gradients(model, [batch])) < EXACT
         assert path and path.batches == 1
         disable_fast_path(model)
-    assert len(graphs) == 5  # lower layers sparse and dense, source, shared, logits
+        after_first = after_first or len(graphs)
+    assert len(graphs) == after_first  # lower layers sparse and dense, source, shared, logits: once for all lengths
 
 
 def test_every_row_learned_and_one_token_learned(small: Any, text_model: Any) -> None:

@@ -1,0 +1,99 @@
+"""Trying something on a model and leaving no trace: fewer layers, no dropout, weights and random numbers put back."""
+
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+@contextlib.contextmanager
+def no_trace(model: Any) -> Iterator[None]:
+    """Put back, bit for bit: weights that learn, their gradients, training mode, random state, and dropout, which is off inside.
+
+    Weights are copied to the CPU only when they change (`perturb`).
+    """
+    modes = {module: module.training for module in model.modules()}
+    gradients = {parameter: parameter.grad for parameter in model.parameters()}
+    dropouts = {module: module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+    python, cpu = random.getstate(), torch.get_rng_state()
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        for module in dropouts:
+            module.p = 0.0
+        yield
+    finally:
+        for module, p in dropouts.items():
+            module.p = p
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        random.setstate(python)
+        torch.set_rng_state(cpu)
+        if gpus:
+            torch.cuda.set_rng_state_all(gpus)
+
+
+@contextlib.contextmanager
+def perturb(parameters: dict[str, Any], size: float, seed: int = 0) -> Iterator[None]:
+    """Add seeded noise of a standard deviation `size` to parameters, and put them back."""
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        with torch.no_grad():
+            for parameter in parameters.values():
+                noise = torch.randn(parameter.shape, generator=generator) * size
+                parameter.add_(noise.to(parameter.device, parameter.dtype))
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(before[name])
+
+
+def choose_layers(text: Any) -> list[int]:
+    """Choose a few layers of a Gemma3nTextModel: the first, every source of shared keys, and a sharing layer for each of them."""
+    chosen, served = {0}, set()
+    for number, layer in enumerate(text.layers):
+        attention = layer.self_attn
+        source = getattr(attention, "kv_shared_layer_index", None)
+        if source is not None and source not in served:
+            served.add(source)
+            chosen |= {source, number}
+    return sorted(chosen) if served else list(range(len(text.layers)))
+
+
+@contextlib.contextmanager
+def few_layers(text: Any, chosen: list[int]) -> Iterator[None]:
+    """Let the other layers hand their input on; with those left, a comparison costs seconds and rounding cannot grow."""
+    skipped = [layer for number, layer in enumerate(text.layers) if number not in chosen]
+    before = {layer: vars(layer).get("forward") for layer in skipped}
+    try:
+        for layer in skipped:
+            layer.forward = hand_on
+        yield
+    finally:
+        for layer, forward in before.items():
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
+
+
+def hand_on(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Return a layer's input as its output."""
+    return hidden_states
+
+
+@contextlib.contextmanager
+def without_checkpointing(model: Any) -> Iterator[None]:
+    """Keep everything that the backward needs, whatever the model was set to."""
+    modules = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    try:
+        for module in modules:
+            module.gradient_checkpointing = False
+        yield
+    finally:
+        for module in modules:
+            module.gradient_checkpointing = True
