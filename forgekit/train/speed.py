@@ -1,7 +1,9 @@
 """`train.fast`, `train.memory` and `train.compile` for a trainer: the fast path is on while it trains, and says what it saved."""
 
+import contextlib
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from ..config import Config
@@ -12,6 +14,7 @@ from ..run_folder import Run
 # Compiling costs about 45 s, and a compiled forward and backward of E2B is about 0.3 s faster than an eager one (an H200, 1,024
 # tokens), most of it launches: after so many batches the one has paid for the other.
 BATCHES_TO_COMPILE = 150
+LOOKED_AT = 64  # rows that say which towers are used; reading all of them would decode every file
 
 
 def train_fast(trainer: Any, config: Config, run: Run) -> None:
@@ -37,13 +40,38 @@ def train_fast(trainer: Any, config: Config, run: Run) -> None:
         # every learned token of an optimiser step weighs the same, however the step is split into batches
         trainer.model_accepts_loss_kwargs = True
         try:
-            return train(*args, **kwargs)
+            with park_weights(trainer, config, path):
+                return train(*args, **kwargs)
         finally:
             disable_fast_path(trainer.model)
             print(path)
             run.update(fast_path=path.summarize())
 
     trainer.train = train_with_fast_path
+
+
+@contextlib.contextmanager
+def park_weights(trainer: Any, config: Config, path: Any) -> Iterator[None]:
+    """Free the GPU of towers that no row feeds, and of the per-layer table where `model.offload_ple` says so."""
+    from .park import park_table, park_towers
+
+    switch = config.model.offload_ple
+    offload = choose_memory(config) == "low" if switch == "auto" else switch == "on"
+    with contextlib.ExitStack() as stack:
+        if choose_device(config) == "cuda":
+            parked = stack.enter_context(park_towers(path.base, find_media(trainer.train_dataset)))
+            if offload and stack.enter_context(park_table(path.text)):
+                parked.append("per-layer table")
+            if parked:
+                print(f"in the machine's memory while training: {', '.join(parked)}")
+        yield
+
+
+def find_media(dataset: Any) -> set[str]:
+    """Return the kinds of media in the first rows of a data set; a film is pictures."""
+    rows = (dataset[number] for number in range(min(LOOKED_AT, len(dataset))))
+    kinds = {part["type"] for example in rows for turn in example["messages"] for part in turn["content"]}
+    return {"image" if kind == "video" else kind for kind in kinds}
 
 
 def choose_memory(config: Config) -> str | float:

@@ -1,0 +1,205 @@
+"""Speed and memory of one training step: forgekit's fast path, Unsloth, and transformers + TRL, on one GPU.
+
+    python -m benchmarks.fast_path CHECKPOINT [--rows core | all | SHAPE ...] [--sides SIDE ...] [--out FILE]
+    python -m benchmarks.fast_path --table FILE [--chart PNG]
+
+CHECKPOINT is a folder of Gemma 3n at full size; random weights do, because speed and memory do not depend on values. Each side
+runs in a process of its own and measures its shapes one after the other; every row is printed and appended to FILE (JSON lines)
+as it is done, and rows that FILE holds are not measured again, so a run can be cut at any time and taken up.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+# shape -> rows, tokens a row, share of the prompt, medium, weights
+SHAPES: dict[str, tuple[int, int, float, str, str]] = {
+    "4x1024-75": (4, 1024, 0.75, "text", "16bit"),
+    "1x1024-75": (1, 1024, 0.75, "text", "16bit"),
+    "8x2048-75": (8, 2048, 0.75, "text", "16bit"),
+    "4x1024-0": (4, 1024, 0.0, "text", "16bit"),
+    "4x1024-50": (4, 1024, 0.50, "text", "16bit"),
+    "4x1024-90": (4, 1024, 0.90, "text", "16bit"),
+    "vision-4x400": (4, 400, 0.84, "image", "16bit"),
+    "audio-4x320": (4, 320, 0.80, "audio", "16bit"),
+    "4x1024-75-4bit": (4, 1024, 0.75, "text", "4bit"),
+    "1x1024-75-4bit": (1, 1024, 0.75, "text", "4bit"),
+    "mixed-epoch": (4, 1024, 0.75, "mixed", "16bit"),
+}
+CORE = ("4x1024-75", "1x1024-75", "8x2048-75", "4x1024-0")
+SIDES = ("forgekit-high-compiled", "forgekit-low-compiled-park", "trl", "unsloth")
+STEPS = 7
+EPOCH = 200  # batches of the mixed row
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, from the makers' data sheets
+
+
+def make_batch(shape: str, seed: int, config: Any) -> dict[str, Any]:
+    """Make a batch on the GPU: random words, the last part of each row learned, and media if the shape has them."""
+    import torch
+
+    rows, tokens, prompt, medium, _ = SHAPES[shape]
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [tokens] * rows
+    if medium == "mixed":
+        lengths = torch.randint(64, 1025, (rows,), generator=generator).tolist()
+        tokens = -(-max(lengths) // 64) * 64
+    ids = torch.randint(1000, 200_000, (rows, tokens), generator=generator)
+    ids[:, 0] = 2
+    mask, labels = torch.ones_like(ids), ids.clone()
+    for row, length in enumerate(lengths):
+        mask[row, : tokens - length] = 0
+        labels[row, : tokens - length + max(1, int(prompt * length))] = -100
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    if medium == "image":
+        ids[:, 10 : 10 + config.vision_soft_tokens_per_image] = config.image_token_id
+        batch["pixel_values"] = torch.rand(rows, 3, 768, 768, generator=generator).bfloat16()
+    if medium == "audio":
+        ids[:, 10 : 10 + config.audio_soft_tokens_per_image] = config.audio_token_id
+        batch["input_features"] = torch.rand(rows, 3000, 128, generator=generator).bfloat16()
+        batch["input_features_mask"] = torch.ones(rows, 3000, dtype=torch.bool)
+    return {name: value.cuda() for name, value in batch.items()}
+
+
+def count_floor(model: Any, batches: list[dict[str, Any]]) -> dict[str, float]:
+    """Count the products that a step cannot do without: forward and the gradient of the inputs, 2 + 2 for each weight and row.
+
+    Rows that teach nothing stop at the layer that gives the shared keys; attention, towers and the adapter are left out.
+    """
+    base = model.get_base_model()
+    text = base.model.language_model
+    layers = [sum(p.numel() for n, p in layer.named_parameters() if "lora_" not in n and p.dim() == 2) for layer in text.layers]  # fmt: skip
+    source = max(number for number, layer in enumerate(text.layers) if not layer.self_attn.is_kv_shared_layer)
+    head = base.get_output_embeddings().weight.numel()
+    real = sum(int(batch["attention_mask"].sum()) for batch in batches) / len(batches)
+    learned = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches) / len(batches)
+    flops = 4 * (real * sum(layers[:source]) + learned * (sum(layers[source:]) + head))
+    return {"tokens": real, "learned": learned, "floor_tflop": flops / 1e12}
+
+
+def run_side(side: str, shapes: list[str], checkpoint: str, out: Path) -> None:
+    """Measure shapes with one stack in this process, and append a line for each."""
+    started = time.perf_counter()
+    import torch
+
+    if side == "unsloth":
+        import unsloth  # noqa: F401
+    from benchmarks.sides import load_side, measure
+
+    kind = SHAPES[shapes[0]][4]
+    media = {SHAPES[shape][3] for shape in shapes} & {"image", "audio"}
+    model, loss_of = load_side(side, checkpoint, kind, media)
+    loaded = time.perf_counter() - started
+    print(f"    {side}: imported and loaded in {loaded:.0f} s", flush=True)
+    for number, shape in enumerate(shapes):
+        row: dict[str, Any] = {"side": side, "shape": shape, "checkpoint": Path(checkpoint).name}
+        try:
+            batches = [make_batch(shape, seed, model.config) for seed in range(EPOCH if shape == "mixed-epoch" else 2)]
+            steps = EPOCH - 2 if shape == "mixed-epoch" else STEPS
+            row |= measure(model, loss_of, batches, steps) | count_floor(model, batches)
+            row["tokens_per_s"] = round(row["tokens"] / row["ms"] * 1000)
+            device = torch.cuda.get_device_name()
+            peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
+            row["utilisation"] = round(row["floor_tflop"] * 1e12 / (row["ms"] / 1000) / peak, 3) if peak else None
+            row |= {"device": device, "torch": torch.__version__, "load_s": round(loaded, 1), "cold": number == 0}
+            row["cold_first_step_s"] = round(loaded + row["first_step_s"], 1) if number == 0 else None
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:  # the next shape may well run
+            row["error"] = f"{type(error).__name__}: {str(error).strip()[:400]}"
+            if isinstance(error, torch.OutOfMemoryError):
+                torch.cuda.empty_cache()
+        with open(out, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(describe(row), flush=True)
+
+
+def describe(row: dict[str, Any]) -> str:
+    """Return one line of the table."""
+    head = f"| {row['shape']} | {row['side']} |"
+    if "error" in row:
+        return f"{head} {row['error'][:200]} | | | | | |"
+    return (
+        f"{head} {row['ms']:.0f} ms ({row['ms_min']:.0f} to {row['ms_max']:.0f}) | {row['tokens_per_s']:,} | {row['peak_gib']:.2f} GiB "
+        f"| {row['first_step_s']:.0f} s, {row['slow_steps_s']:.0f} s in slow steps | {row['utilisation'] or 0:.0%} | {row['loss']:.3f} |"
+    )
+
+
+HEAD = (
+    "| shape | side | step | tokens/s | peak | first step | of peak FLOP/s | loss |\n|---|---|---|---|---|---|---|---|"
+)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows measured so far; of two of one name the newer one counts."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return list({(row["side"], row["shape"], row["checkpoint"]): row for row in map(json.loads, lines)}.values())
+
+
+def draw_chart(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw tokens a second of each side, shape by shape."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in rows if "error" not in row]
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    sides = list(dict.fromkeys(row["side"] for row in rows))
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots()
+    for number, side in enumerate(sides):
+        speeds = [next((r["tokens_per_s"] for r in rows if (r["side"], r["shape"]) == (side, shape)), 0) for shape in shapes]  # fmt: skip
+        places = [place + number * 0.8 / len(sides) for place in range(len(shapes))]
+        axes.bar(places, speeds, 0.8 / len(sides), label=side)
+    axes.set_xticks([place + 0.4 - 0.4 / len(sides) for place in range(len(shapes))], shapes)
+    axes.set(ylabel="tokens a second", xlabel="rows x tokens, per cent prompt")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def main(arguments: list[str]) -> None:
+    """Measure what is missing, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?")
+    parser.add_argument("--rows", nargs="+", default=["core"], help=f"core, all, or of {', '.join(SHAPES)}")
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), help="see benchmarks/sides.py, load_side")
+    parser.add_argument("--out", type=Path, default=Path("fast_path.jsonl"))
+    parser.add_argument("--seconds", type=int, default=570, help="longest time of one side")
+    parser.add_argument("--table", type=Path, help="print this file's rows as a table and measure nothing")
+    parser.add_argument("--chart", type=Path, help="with --table: draw them too")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # measure in this process
+    options = parser.parse_args(arguments)
+    if options.table:
+        rows = read_rows(options.table)
+        print(HEAD, *(describe(row) for row in sorted(rows, key=lambda row: (row["shape"], row["side"]))), sep="\n")
+        if options.chart:
+            draw_chart(rows, options.chart)
+        return
+    wanted = {"core": CORE, "all": tuple(SHAPES)}.get(options.rows[0], tuple(options.rows))
+    if options.here:
+        run_side(options.sides[0], list(wanted), options.checkpoint, options.out)
+        return
+    print(HEAD, flush=True)
+    for side in options.sides:
+        done = {row["shape"] for row in read_rows(options.out) if row["side"] == side and row["checkpoint"] == Path(options.checkpoint).name and "error" not in row}  # fmt: skip
+        for load_in in ("16bit", "4bit"):
+            missing = [shape for shape in wanted if SHAPES[shape][4] == load_in and shape not in done]
+            if missing:
+                run_process(side, missing, options)
+
+
+def run_process(side: str, shapes: list[str], options: argparse.Namespace) -> None:
+    """Measure shapes with one side in a process of its own, which may fail or be cut off."""
+    command = [sys.executable, "-m", "benchmarks.fast_path", options.checkpoint, "--here", "--sides", side]
+    command += ["--out", str(options.out), "--rows", *shapes]
+    try:
+        done = subprocess.run(command, timeout=options.seconds, env=dict(os.environ))
+        if done.returncode:
+            print(f"    {side}: ended with code {done.returncode}", flush=True)
+    except subprocess.TimeoutExpired:
+        print(f"    {side}: cut off after {options.seconds} s", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
