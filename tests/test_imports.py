@@ -30,7 +30,10 @@ HEAVY = {"torch", "transformers", "trl", "peft", "unsloth", "unsloth_zoo", "data
 # subclasses of transformers', pandas' and torch's own classes, and the code that makes the built-in model
 MAY_BE_HEAVY = (
     *("train/callbacks.py", "table.py", "model/tiny*.py", "model/timm_args.py"),
-    *(f"train/{name}.py" for name in ("fast_path", "row_skip", "rows", "decoder", "attention", "flash", "loss", "recompute", "trial")),
+    *(
+        f"train/{name}.py"
+        for name in ("fast_path", "row_skip", "rows", "decoder", "attention", "flash", "loss", "recompute", "trial")
+    ),
 )
 
 
