@@ -42,8 +42,8 @@ def plan_attention(rows: Rows, stage: str, kind: str, window: int | None, kernel
 
 
 def longest_row(line: Line, rows: Rows) -> int:
-    """Return the length of the longest row, the filling's included."""
-    return max(line.longest, rows.flat.numel() - rows.tokens, 1)
+    """Return the length of the longest row, the filling's included; at least 2, as one query has a kernel of its own."""
+    return max(line.longest, rows.flat.numel() - rows.tokens, 2)
 
 
 def row_starts(line: Line) -> torch.Tensor:
@@ -122,7 +122,9 @@ def flash_is_right(device: torch.device, dtype: torch.dtype, heads: int, kv_head
             plans = {kernel: plan_attention(rows, stage, "any", window, kernel) for kernel in ("padded", "flash")}
             try:
                 truth = run_kernel(q, k, v, plans["padded"], used)
-                padded, fast = (run_kernel(*(x.to(dtype) for x in (q, k, v)), plans[kernel], used) for kernel in plans)
+                padded, fast = (
+                    run_kernel(q.to(dtype), k.to(dtype), v.to(dtype), plans[kernel], used) for kernel in plans
+                )
             except RuntimeError:
                 return False
             for right, near, got in zip(truth, padded, fast, strict=True):
@@ -134,6 +136,6 @@ def flash_is_right(device: torch.device, dtype: torch.dtype, heads: int, kv_head
 def run_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, used: torch.Tensor) -> list[torch.Tensor]:
     """Return output and gradients in float32."""
     inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-    out = attend(*inputs, plan)[used]
+    out = attend(inputs[0], inputs[1], inputs[2], plan)[used]
     out.float().square().sum().backward()
     return [out.detach().float(), *(x.grad.float() for x in inputs if x.grad is not None)]

@@ -101,7 +101,9 @@ def clamp_coefficients(text: Any) -> None:
         return
     for layer in text.layers:
         weight = layer.altup.prediction_coefs.weight
-        if weight.requires_grad or not getattr(layer.altup, "_forgekit_clamped", False):
+        if weight.is_floating_point() and (
+            weight.requires_grad or not getattr(layer.altup, "_forgekit_clamped", False)
+        ):
             weight.data.clamp_(-clip, clip)
             layer.altup._forgekit_clamped = True
 
@@ -223,9 +225,10 @@ def correct(altup: Any, predictions: torch.Tensor, activated: torch.Tensor, conf
     The library passes by an adapter on these coefficients while it trains, because it clamps their weight; so does this.
     """
     routed = altup.compute_router_modalities(activated)
-    if altup.training and config.altup_coef_clip is not None:
+    weight = altup.correction_coefs.weight
+    if altup.training and config.altup_coef_clip is not None and weight.is_floating_point():
         clip = config.altup_coef_clip
-        coefficients = F.linear(routed, altup.correction_coefs.weight.clamp(-clip, clip)) + 1.0
+        coefficients = F.linear(routed, weight.clamp(-clip, clip)) + 1.0
     else:
         coefficients = altup.correction_coefs(routed) + 1.0
     innovation = activated - predictions[:, config.altup_active_idx]

@@ -137,15 +137,15 @@ def enable_fast_path(
 def disable_fast_path(model: Any) -> None:
     """Give the model its own forward back. Where a trainer has put something around ours, ours stays and only hands on."""
     base = unwrap(model)
-    path = vars(base).pop(NAME, None)
+    path: FastPath | None = vars(base).pop(NAME, None)
     if path is None:
         return
-    path.on = False
+    path.on, forwards = False, path.forwards
     for name, module in (("text", path.text), ("base", path.base)):
         if getattr(vars(module).get("forward"), "_forgekit", None) is path:
             del module.forward
-            if path.forwards[name] is not None:
-                module.forward = path.forwards[name]
+            if forwards[name] is not None:
+                module.forward = forwards[name]
 
 
 def get_fast_path(model: Any) -> FastPath | None:

@@ -5,6 +5,7 @@ transformers up to 5.5 shares them only through a cache, which training has not;
 gradient. So the guard compares results and never version numbers.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -142,7 +143,7 @@ def compare_paths(model: Any, batch: dict[str, Any], config: Config) -> Iterator
     with few_layers(text, chosen), perturb(find_lora_b(model), NOISE):
         model.eval()
         with torch.no_grad():
-            cached, plain = (float(model(**batch, use_cache=use).loss) for use in (True, False))
+            cached, plain = (float(find_loss(model, batch, use_cache=use)) for use in (True, False))
         yield Check(
             "loss without a cache",
             close(plain, cached, loss_bound),
@@ -172,11 +173,21 @@ def compare_paths(model: Any, batch: dict[str, Any], config: Config) -> Iterator
 Gradients = tuple[float, dict[str, Any]]
 
 
+def find_loss(model: Any, batch: dict[str, Any], use_cache: bool = False) -> Any:
+    """Return the loss, in the precision that the trainer computes in."""
+    import torch
+
+    dtype, device = find_dtype(model), batch["input_ids"].device.type
+    half = device == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    with torch.autocast(device, dtype, enabled=True) if half else contextlib.nullcontext():
+        return model(**batch, use_cache=use_cache).loss
+
+
 def find_gradients(model: Any, batch: dict[str, Any], set_up: Callable[[], Callable[[], None]] | None = None) -> Gradients:  # fmt: skip
     """Return the loss and the gradient of each parameter that learns."""
     take_down = set_up() if set_up else None
     model.zero_grad(set_to_none=True)
-    loss = model(**batch, use_cache=False).loss
+    loss = find_loss(model, batch)
     loss.backward()
     found = {n: p.grad.float() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
     model.zero_grad(set_to_none=True)
@@ -245,9 +256,9 @@ def check_step(model: Any, batch: dict[str, Any], adapters: dict[str, Any], grad
         for name, parameter in adapters.items():
             if name in gradients:
                 parameter.sub_((0.5 * gradients[name] / max(norm, 1e-12)).to(parameter.dtype))
-        after = float(model(**batch, use_cache=False).loss)
+        after = float(find_loss(model, batch))
         with model.disable_adapter():
-            base = float(model(**batch, use_cache=False).loss)
+            base = float(find_loss(model, batch))
     remedy = "The adapter has no effect: was it frozen, merged or switched off? Make it with add_adapter."
     return Check("a step changes the answer", after != base, f"loss {after:.6f}, base model {base:.6f}", remedy)
 

@@ -93,7 +93,7 @@ def choose_rows(
     flat, lower = line_up(wanted, width, tokens, size, longest)
     in_line = torch.zeros(size, dtype=torch.bool, device=labels.device)
     in_line[:tokens] = kept.flatten()[flat[:tokens]]
-    order = torch.argsort(~in_line, stable=True)[:kept_size]
+    order = torch.argsort((~in_line).int(), stable=True)[:kept_size]
     upper = stand_in_rows(order, flat, columns, upper_width, max(learned, 1), longest_kept or 1)
     following = labels.flatten()[(flat[order] + 1).clamp(max=batch * columns - 1)]
     targets = torch.where(in_line[order], following, IGNORE)
@@ -122,7 +122,7 @@ def line_up(
     wanted: torch.Tensor, width: torch.Tensor, tokens: int, size: int, longest: int
 ) -> tuple[torch.Tensor, Line]:
     """Put the wanted tokens of [rows, columns] in one line of `size`, filled up with copies of the first."""
-    order = torch.argsort(~wanted.flatten(), stable=True)[:tokens]
+    order = torch.argsort((~wanted.flatten()).int(), stable=True)[:tokens]
     flat = torch.cat([order, order[:1].expand(size - tokens)])
     index = torch.arange(size, device=flat.device)
     return flat, stand_in_rows(index, flat, wanted.shape[1], width, tokens, longest)

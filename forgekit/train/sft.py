@@ -10,7 +10,7 @@ from ..errors import ConfigError
 from ..hardware import choose_device
 from ..model.load import start_engine
 from ..run_folder import Run
-from .speed import train_fast
+from .speed import train_fast, weigh_tokens_alike
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -63,15 +63,6 @@ def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config,
         train_fast(trainer, config, run)
     report_failure(trainer, status)
     return trainer
-
-
-def weigh_tokens_alike(trainer: Any) -> None:
-    """Divide the loss by all learned tokens of an optimiser step, however they are spread over accumulated batches.
-
-    transformers' Gemma 3n declares `accepts_loss_kwargs = False`, after which Trainer takes the mean of the batches' means,
-    and a token in a batch of short answers weighs more. Its forward does take `num_items_in_batch`.
-    """
-    trainer.model_accepts_loss_kwargs = True
 
 
 def report_failure(trainer: Any, status: Any) -> None:

@@ -37,8 +37,7 @@ def train_fast(trainer: Any, config: Config, run: Run) -> None:
                 )
             return train(*args, **kwargs)
         print(f"fast path: on, attention by {path.kernel}, {why}")
-        # every learned token of an optimiser step weighs the same, however the step is split into batches
-        trainer.model_accepts_loss_kwargs = True
+        weigh_tokens_alike(trainer)
         try:
             with park_weights(trainer, config, path):
                 return train(*args, **kwargs)
@@ -48,6 +47,15 @@ def train_fast(trainer: Any, config: Config, run: Run) -> None:
             run.update(fast_path=path.summarize())
 
     trainer.train = train_with_fast_path
+
+
+def weigh_tokens_alike(trainer: Any) -> None:
+    """Divide the loss by all learned tokens of an optimiser step, however they are spread over accumulated batches.
+
+    transformers' Gemma 3n declares `accepts_loss_kwargs = False`, after which Trainer takes the mean of the batches' means,
+    and a token in a batch of short answers weighs more. Its forward does take `num_items_in_batch`.
+    """
+    trainer.model_accepts_loss_kwargs = True
 
 
 @contextlib.contextmanager

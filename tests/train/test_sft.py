@@ -91,7 +91,7 @@ def encode_by_hand(rows: list[Any], processor: Any) -> tuple[Any, Any, Any]:
     return ids, mask, labels
 
 
-def short_run(make_config: Any, folder: Path, accumulation: int) -> Any:
+def short_run(make_config: Any, folder: Path, accumulation: int, fast: str = "auto") -> Any:
     """Return a run on answers of one token up to thirty, so that batches hold unequal numbers of learned tokens."""
     answers = ["7", '{"city": "Lima", "items": ["tea", "soap", "rice"]}', "Monday at the latest", "no"]
     rows = [{"prompt": f"Question {number}?", "completion": answers[number % 4]} for number in range(40)]
@@ -104,6 +104,7 @@ def short_run(make_config: Any, folder: Path, accumulation: int) -> Any:
             "train.warmup_steps": WARMUP,
             "train.learning_rate": RATE,
             "train.weight_decay": DECAY,
+            "train.fast": fast,
             "train.max_grad_norm": CLIP,  # below the gradients' length, so that clipping takes part
             "train.per_device_train_batch_size": 3,
             "train.gradient_accumulation_steps": accumulation,
@@ -111,13 +112,13 @@ def short_run(make_config: Any, folder: Path, accumulation: int) -> Any:
     )
 
 
-def check_against_hand(make_config: Any, folder: Path, accumulation: int) -> None:
+def check_against_hand(make_config: Any, folder: Path, accumulation: int, fast: str = "auto") -> None:
     """Compare five losses and the trained adapters.
 
     The same sums in another order differ by some 1e-7 of a loss in fp32. Adam divides each gradient by its own size, so where
     a gradient is next to nothing its rounding becomes a whole step, and five steps reach 5e-6 of a loss.
     """
-    config = short_run(make_config, folder, accumulation)
+    config = short_run(make_config, folder, accumulation, fast)
     ours, trainer = train(config)
     assert len(trainer.seen) >= STEPS * accumulation  # the loader collates one batch ahead
     theirs, model = train_by_hand(Path(config.model.id), trainer.seen, accumulation, config.train.seed)
@@ -131,9 +132,11 @@ def check_against_hand(make_config: Any, folder: Path, accumulation: int) -> Non
     assert min(grads) > CLIP
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_five_steps_equal_a_loop_written_by_hand(make_config: Any, tmp_path: Path, accumulation: int) -> None:
-    check_against_hand(make_config, tmp_path, accumulation)
+@pytest.mark.parametrize(("accumulation", "fast"), [(1, "on"), (2, "on"), (2, "off")])
+def test_five_steps_equal_a_loop_written_by_hand(
+    make_config: Any, tmp_path: Path, accumulation: int, fast: str
+) -> None:
+    check_against_hand(make_config, tmp_path, accumulation, fast)
 
 
 MASKS = {
@@ -169,7 +172,7 @@ def test_a_mean_of_means_over_accumulated_batches_turns_the_check_red(
 ) -> None:
     monkeypatch.setattr("forgekit.train.sft.weigh_tokens_alike", lambda trainer: None)
     with pytest.raises(AssertionError, match="losses differ"):
-        check_against_hand(make_config, tmp_path, 2)
+        check_against_hand(make_config, tmp_path, 2, fast="off")
 
 
 def test_two_runs_of_one_seed_are_equal_and_another_seed_differs(make_config: Any) -> None:
@@ -183,7 +186,7 @@ def check_checkpointing(make_config: Any, reentrant: bool) -> None:
     """Compare three steps with and without gradient checkpointing: same losses, same trained adapters."""
     results = {}
     for switch in ("off", "on"):
-        config = make_config({"train.max_steps": 3, "train.gradient_checkpointing": switch})
+        config = make_config({"train.max_steps": 3, "train.gradient_checkpointing": switch, "train.fast": "off"})
         trainer = make_trainer(config, f"run-{switch}")
         assert trainer.args.gradient_checkpointing is (switch == "on")
         if switch == "on":
