@@ -48,7 +48,8 @@ def make_batch(shape: str, seed: int, config: Any) -> dict[str, Any]:
     if medium == "mixed":
         lengths = torch.randint(64, 1025, (rows,), generator=generator).tolist()
         tokens = -(-max(lengths) // 64) * 64
-    ids = torch.randint(1000, 200_000, (rows, tokens), generator=generator)
+    words = min(200_000, config.get_text_config().vocab_size_per_layer_input)
+    ids = torch.randint(1000, words, (rows, tokens), generator=generator)
     ids[:, 0] = 2
     mask, labels = torch.ones_like(ids), ids.clone()
     for row, length in enumerate(lengths):

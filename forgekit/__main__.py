@@ -46,10 +46,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--name", metavar="N", help="the run's name, its folder below runs/; default: the time")
 
-    verbs.add_parser(
+    verb = verbs.add_parser(
         "doctor",
-        help="check versions, GPU, memory, engines and disk",
+        help="check versions, GPU, memory, engines and disk; with a recipe, whether training is right here",
         description="Check this machine; each finding comes with a remedy. Exit code 1 when something is bad.",
+    )
+    verb.add_argument(
+        "--recipe", metavar="R", help="load its model and rows, and prove on a short batch that training is right"
     )
 
     verb = verbs.add_parser(
@@ -122,10 +125,12 @@ def read_assignments(assignments: list[str]) -> dict[str, Any]:
 
 def doctor(options: argparse.Namespace) -> int:
     """Print the findings."""
-    from .doctor import BAD, examine
+    from itertools import chain
+
+    from .doctor import BAD, examine, examine_recipe
 
     states = set()
-    for finding in examine():
+    for finding in chain(examine(), examine_recipe(options.recipe) if options.recipe else ()):
         print(finding, flush=True)
         states.add(finding.state)
     return FAILED if BAD in states else 0

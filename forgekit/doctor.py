@@ -36,6 +36,24 @@ def examine() -> Iterator[Finding]:
         yield from check()
 
 
+def examine_recipe(recipe: str) -> Iterator[Finding]:
+    """Load a recipe's rows and model and yield what the guard finds out about training them on this machine.
+
+    The rows need a format that forgekit knows, because a notebook's `to_example` is not at hand here.
+    """
+    from .adapter.lora import add_adapter
+    from .config import load_config
+    from .data.load import load_data
+    from .model.load import load_model, load_processor
+    from .train.guard import examine_training
+
+    config = load_config(recipe)
+    data = load_data(config, load_processor(config))
+    model, processor = load_model(config)
+    for check in examine_training(add_adapter(model, config), processor, data["train"], config).checks:
+        yield Finding(OK if check.passed else BAD, f"{check.name}: {check.found}", "" if check.passed else check.remedy)
+
+
 def check_python() -> list[Finding]:
     """Python's version and whether it is a virtual environment."""
     version = platform.python_version()

@@ -71,6 +71,18 @@ def check_training(model: Any, processor: Any, dataset: "Dataset", config: Confi
 
     Prints the report and returns it. Raises ModelError when a check failed, unless `train.guard` is warn.
     """
+    report = examine_training(model, processor, dataset, config)
+    print(report)
+    if not report.passed and config.train.guard == "stop":
+        raise ModelError(
+            f"Training is not right on this stack: {', '.join(report.failed)}.\n{report}\n"
+            "train.guard: warn trains nevertheless."
+        )
+    return report
+
+
+def examine_training(model: Any, processor: Any, dataset: "Dataset", config: Config) -> Report:
+    """Make the checks of `check_training` and say nothing."""
     start_engine(config)
     from .fast_path import disable_fast_path
     from .trial import no_trace
@@ -86,12 +98,6 @@ def check_training(model: Any, processor: Any, dataset: "Dataset", config: Confi
         with no_trace(model):
             report.checks += compare_paths(model, batch, config)
             report.checks += check_learning(model, batch, config)
-    print(report)
-    if not report.passed and config.train.guard == "stop":
-        raise ModelError(
-            f"Training is not right on this stack: {', '.join(report.failed)}.\n{report}\n"
-            "train.guard: warn trains nevertheless."
-        )
     return report
 
 
@@ -202,7 +208,7 @@ def enable_checkpointing(model: Any, config: Config) -> Callable[[], None]:
 
     if getattr(model, "is_gradient_checkpointing", False) or not use_checkpointing(config):
         return lambda: None
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=CHECKPOINTING)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(CHECKPOINTING))
     return lambda: model.gradient_checkpointing_disable()
 
 

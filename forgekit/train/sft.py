@@ -135,7 +135,7 @@ def make_arguments(config: Config, engine: str, run: Run) -> "SFTConfig":
             greater_is_better=False if train.eval_steps else None,
             # Unsloth sets its own kind up while it adapts the model
             gradient_checkpointing=use_checkpointing(config) and engine != "unsloth",
-            gradient_checkpointing_kwargs=CHECKPOINTING,
+            gradient_checkpointing_kwargs=dict(CHECKPOINTING),
             bf16=cuda and model_is_half(config, "bfloat16"),
             fp16=cuda and model_is_half(config, "float16"),
             use_cpu=not cuda,

@@ -38,6 +38,7 @@ def note(examples):
 
 trainer.data_collator = note
 trainer.train()
+found["fast_path"] = run.record["fast_path"]
 found["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 found["after"] = measure_loss(model, processor, chats, 8)[0]
 first = seen[0] + seen[1]  # the two accumulated batches of the first step, scored by the untrained model
@@ -87,6 +88,7 @@ def test_unsloth_trains_scores_exports_and_reloads_on_a_cpu(tiny_folder: Path, t
     assert found["unsloth"] and found["peft"] and found["class"] == "Gemma3nForConditionalGeneration"
     assert found["modules"] == 24
     assert len(found["losses"]) == 6
+    assert found["fast_path"]["batches"] >= 12 and not found["fast_path"]["library_batches"]
     # every learned token of a step weighs the same, as with plain transformers
     assert abs(found["losses"][0] - found["first"]) < 1e-4 < abs(found["mean_of_means"] - found["first"])
     assert found["after"] < found["before"] - 0.05

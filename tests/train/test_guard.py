@@ -177,3 +177,20 @@ def test_rows_with_and_without_pictures_are_both_tried(parts: Any, tmp_path: Pat
     (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = parts(data__path=str(tmp_path / "mixed.jsonl"), adapter__layers=["attention", "vision"])
     assert check_training(*arguments).passed
+
+
+@pytest.mark.parametrize(("guarded", "state"), [(True, "ok"), (False, "bad")])
+def test_the_doctor_examines_a_recipe(make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guarded: bool, state: str) -> None:  # fmt: skip
+    import yaml
+
+    from forgekit.doctor import examine_recipe
+
+    if not guarded:
+        monkeypatch.setitem(guard.GRADIENT_TOLERANCE, "float32", -1.0)
+    config = make_config()
+    recipe = tmp_path / "recipe.yaml"
+    model = {"id": config.model.id, "engine": "huggingface", "device": "cpu", "load_in": "16bit", "max_length": 256}
+    recipe.write_text(yaml.safe_dump({"data": {"path": config.data.path}, "model": model}))
+    found = {finding.what.split(":")[0]: finding.state for finding in examine_recipe(str(recipe))}
+    assert found["gradients with checkpointing"] == found["gradients of the fast path"] == state
+    assert found["learned tokens"] == "ok"
