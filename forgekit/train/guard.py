@@ -5,7 +5,6 @@ transformers up to 5.5 shares them only through a cache, which training has not;
 gradient. So the guard compares results and never version numbers.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,8 @@ from ..model.load import start_engine
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from .trial import Gradients
 
 ROWS = 2  # of the data, the shortest among the first
 LOOKED_AT = 64
@@ -137,7 +138,16 @@ def compare_paths(model: Any, batch: dict[str, Any], config: Config) -> Iterator
     import torch
 
     from .fast_path import disable_fast_path, enable_fast_path, find_text, unwrap
-    from .trial import choose_layers, few_layers, perturb, without_checkpointing
+    from .trial import (
+        choose_layers,
+        few_layers,
+        find_dtype,
+        find_gradients,
+        find_lora_b,
+        find_loss,
+        perturb,
+        without_checkpointing,
+    )
 
     base = unwrap(model)
     if not hasattr(base.config.get_text_config(), "num_kv_shared_layers"):
@@ -176,32 +186,6 @@ def compare_paths(model: Any, batch: dict[str, Any], config: Config) -> Iterator
                 yield compare("gradients of the fast path", right, fast, bound, "Set train.fast: off, and please report this.")  # fmt: skip
 
 
-Gradients = tuple[float, dict[str, Any]]
-
-
-def find_loss(model: Any, batch: dict[str, Any], use_cache: bool = False) -> Any:
-    """Return the loss, in the precision that the trainer computes in."""
-    import torch
-
-    dtype, device = find_dtype(model), batch["input_ids"].device.type
-    half = device == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    with torch.autocast(device, dtype, enabled=True) if half else contextlib.nullcontext():
-        return model(**batch, use_cache=use_cache).loss
-
-
-def find_gradients(model: Any, batch: dict[str, Any], set_up: Callable[[], Callable[[], None]] | None = None) -> Gradients:  # fmt: skip
-    """Return the loss and the gradient of each parameter that learns."""
-    take_down = set_up() if set_up else None
-    model.zero_grad(set_to_none=True)
-    loss = find_loss(model, batch)
-    loss.backward()
-    found = {n: p.grad.float() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
-    model.zero_grad(set_to_none=True)
-    if take_down:
-        take_down()
-    return float(loss.detach()), found
-
-
 def enable_checkpointing(model: Any, config: Config) -> Callable[[], None]:
     """Turn checkpointing on as the trainer will, unless the model came with its own kind; return what turns it off again."""
     from .sft import CHECKPOINTING, use_checkpointing
@@ -212,7 +196,7 @@ def enable_checkpointing(model: Any, config: Config) -> Callable[[], None]:
     return lambda: model.gradient_checkpointing_disable()
 
 
-def compare(name: str, right: Gradients, got: Gradients, bound: float, remedy: str) -> Check:
+def compare(name: str, right: "Gradients", got: "Gradients", bound: float, remedy: str) -> Check:
     """Compare losses and gradients; the worst parameter is named."""
     names = sorted(right[1].keys() | got[1].keys())
     # a gradient that is next to nothing beside the others is all rounding
@@ -233,7 +217,7 @@ def check_learning(model: Any, batch: dict[str, Any], config: Config) -> Iterato
     """Every parameter that is to learn gets a finite gradient, and a step along it changes what the model says."""
     import torch
 
-    from .trial import perturb, without_checkpointing
+    from .trial import find_gradients, find_lora_b, perturb, without_checkpointing
 
     learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
     adapters = {n: p for n, p in learning.items() if "lora_" in n}
@@ -255,7 +239,7 @@ def check_step(model: Any, batch: dict[str, Any], adapters: dict[str, Any], grad
     """Take one step of plain descent from the adapter's own start, and compare with the base model."""
     import torch
 
-    from .trial import perturb, without_checkpointing
+    from .trial import find_loss, perturb, without_checkpointing
 
     with perturb(adapters, 0.0), without_checkpointing(model), torch.no_grad():
         norm = sum(float(g.square().sum()) for g in gradients.values()) ** 0.5
@@ -273,18 +257,6 @@ def name_towers(names: list[str]) -> str:
     """Return a hint for towers that no row of the batch feeds."""
     missed = [tower for tower, parts in TOWERS.items() if any(part in name for name in names for part in parts)]
     return f" No row of the batch holds what {' and '.join(missed)} needs." if missed else ""
-
-
-def find_lora_b(model: Any) -> dict[str, Any]:
-    """Return the matrices that start at zero."""
-    return {n: p for n, p in model.named_parameters() if p.requires_grad and "lora_B" in n}
-
-
-def find_dtype(model: Any) -> Any:
-    """Return the number format that the language model computes in: that of a norm's weight, which is never packed."""
-    from .fast_path import find_text, unwrap
-
-    return find_text(unwrap(model)).norm.weight.dtype
 
 
 def close(value: float, reference: float, bound: float) -> bool:

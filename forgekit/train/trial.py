@@ -1,11 +1,15 @@
-"""Trying something on a model and leaving no trace: fewer layers, no dropout, weights and random numbers put back."""
+"""Trying something on a model and leaving no trace: fewer layers, no dropout, weights and random numbers put back; loss and gradients."""
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+
+from .fast_path import find_text, unwrap
+
+Gradients = tuple[float, dict[str, Any]]  # a loss, and parameter -> gradient in float32
 
 
 @contextlib.contextmanager
@@ -97,3 +101,34 @@ def without_checkpointing(model: Any) -> Iterator[None]:
     finally:
         for module in modules:
             module.gradient_checkpointing = True
+
+
+def find_loss(model: Any, batch: dict[str, Any], use_cache: bool = False) -> Any:
+    """Return the loss, in the precision that the trainer computes in."""
+    dtype, device = find_dtype(model), batch["input_ids"].device.type
+    half = device == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    with torch.autocast(device, dtype, enabled=True) if half else contextlib.nullcontext():
+        return model(**batch, use_cache=use_cache).loss
+
+
+def find_gradients(model: Any, batch: dict[str, Any], set_up: Callable[[], Callable[[], None]] | None = None) -> Gradients:  # fmt: skip
+    """Return the loss and the gradient of each parameter that learns."""
+    take_down = set_up() if set_up else None
+    model.zero_grad(set_to_none=True)
+    loss = find_loss(model, batch)
+    loss.backward()
+    found = {n: p.grad.float() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    if take_down:
+        take_down()
+    return float(loss.detach()), found
+
+
+def find_lora_b(model: Any) -> dict[str, Any]:
+    """Return the matrices that start at zero."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad and "lora_B" in n}
+
+
+def find_dtype(model: Any) -> Any:
+    """Return the number format that the language model computes in: that of a norm's weight, which is never packed."""
+    return find_text(unwrap(model)).norm.weight.dtype
