@@ -87,7 +87,7 @@ def run_side(side: str, shapes: list[str], checkpoint: str, out: Path) -> None:
     started = time.perf_counter()
     import torch
 
-    if side == "unsloth":
+    if side.startswith("unsloth"):
         import unsloth  # noqa: F401
     from benchmarks.sides import load_side, measure
 

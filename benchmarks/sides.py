@@ -17,12 +17,15 @@ def load_side(side: str, checkpoint: str, load_in: str, media: set[str]) -> tupl
     """Load one stack; return its model and the function that computes a loss.
 
     Args:
-        side: unsloth | trl | trl-keep | forgekit-MEMORY[-compiled][-KERNEL][-park], as in forgekit-low-compiled-flash-park.
+        side: unsloth | trl | trl-keep | forgekit-MEMORY[-compiled][-KERNEL][-park], as in forgekit-low-compiled-flash-park, or
+            the same with unsloth+ before it: the model that Unsloth loaded, with forgekit's fast path on it.
         load_in: 16bit or 4bit.
         media: kinds of media in the batches, "image" and "audio"; other towers are parked with `park`.
     """
     if side == "unsloth":
         return load_unsloth(checkpoint, load_in)
+    if side.startswith("unsloth+"):
+        return load_forgekit(load_unsloth(checkpoint, load_in)[0], side.split("-")[1:], media)
     model = add_lora(load_library(checkpoint, load_in))
     if side.startswith("trl"):
         return load_trl(model, keep=side == "trl-keep")
