@@ -32,7 +32,18 @@ MAY_BE_HEAVY = (
     *("train/callbacks.py", "table.py", "model/tiny*.py", "model/timm_args.py"),
     *(
         f"train/{name}.py"
-        for name in ("fast_path", "row_skip", "rows", "decoder", "attention", "flash", "loss", "recompute", "trial")
+        for name in (
+            "fast_path",
+            "row_skip",
+            "rows",
+            "decoder",
+            "attention",
+            "flash",
+            "loss",
+            "recompute",
+            "trial",
+            "park",
+        )
     ),
 )
 
