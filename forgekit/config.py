@@ -3,15 +3,15 @@
 default < recipe < notebook < --set < panel          the stronger one wins; None inherits
 """
 
-import difflib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import PrivateAttr, ValidationError
 
+from .conflicts import find_conflicts, suggest
 from .errors import ConfigError
 from .recipe import find_recipe, parse_yaml, read_recipe
 from .settings import Adapter, Data, Evaluate, Export, Model, Section, Train
@@ -83,12 +83,12 @@ class Config(Section):
                     values[name], origins[name] = value, origin
         try:
             config = cls.model_validate(nest(values))
+            config._origins, config._recipe = origins, recipe
             problems += find_conflicts(config)
         except ValidationError as error:
             problems += [explain(problem, values, origins) for problem in error.errors()]
         if problems:
             raise ConfigError(sorted(set(problems)))
-        config._origins, config._recipe = origins, recipe
         return config
 
 
@@ -101,7 +101,12 @@ SECTIONS: dict[str, type[Section]] = {
     "export": Export,
 }
 NAMES = [f"{section}.{name}" for section, fields in SECTIONS.items() for name in fields.model_fields]
-GROUPS = ("attention", "mlp", "vision", "vision_tower", "audio")
+# settings that are mappings themselves, such as adapter.rank_pattern
+MAPPINGS = [
+    name
+    for name in NAMES
+    if isinstance(SECTIONS[name.partition(".")[0]].model_fields[name.partition(".")[2]].default, dict)
+]
 
 
 def load_config(recipe: str | Path | None = None, settings: Settings = None, origin: str | None = None) -> Config:
@@ -140,7 +145,7 @@ def flatten(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and (value or name in SECTIONS):
+        if isinstance(value, Mapping) and name not in MAPPINGS and (value or name in SECTIONS):
             inner = flatten(value, f"{name}.")
         else:
             inner = {} if value is None and name in SECTIONS else {name: value}
@@ -165,24 +170,6 @@ def first_name(section: str) -> str:
     return next(name for name in NAMES if name.startswith(f"{section}."))
 
 
-def suggest(name: str, known: Sequence[str]) -> str:
-    """Return " Did you mean ...?" with the nearest known name, or nothing.
-
-    The last part of a dotted name decides: max_steps -> train.max_steps, train.batch_size -> train.per_device_train_batch_size.
-    """
-    section, _, last = name.rpartition(".")
-    here = [k for k in known if section and k.startswith(f"{section}.")]
-    lasts = {k.rpartition(".")[2]: k for k in [*known, *here]}  # the same section wins
-    own = {k.rpartition(".")[2]: k for k in here}
-    nearest = (
-        [k for k in lasts if k == last]
-        or [k for names in (own, lasts) for k in names if len(last) > 3 and last in k]
-        or difflib.get_close_matches(last, own, 1, 0.6)
-        or difflib.get_close_matches(last, lasts, 1, 0.75)
-    )
-    return f" Did you mean {lasts[nearest[0]]}?" if nearest else ""
-
-
 PLAIN_WORDS = {  # pydantic's -> ours
     "a valid integer": "a whole number",
     "a valid number": "a number",
@@ -201,46 +188,6 @@ def explain(problem: Any, values: Mapping[str, Any], origins: Mapping[str, str])
     text = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     text = PLAIN_WORDS.get(text, text)
     return f"{name} is {json.dumps(value, default=str)} (from {origins.get(name, 'default')}): it should be {text}. Meaning: {help}."
-
-
-def find_conflicts(config: Config) -> list[str]:
-    """Return a sentence for every setting that does not go with another one."""
-    problems = [
-        f"adapter.layers: {group!r} is no group of layers.{suggest(group, GROUPS)} There are: {', '.join(GROUPS)}."
-        for group in config.adapter.layers
-        if group not in GROUPS
-    ]
-    if not config.adapter.layers:
-        problems.append(f"adapter.layers is empty, so nothing would learn. Name at least one of: {', '.join(GROUPS)}.")
-    if config.train.early_stopping and not config.train.eval_steps:
-        problems.append("train.early_stopping needs scores during training: set train.eval_steps too.")
-    if config.train.eval_steps and config.data.validation is None:
-        problems.append(
-            "train.eval_steps needs rows to score: set data.validation (a file, a number of rows, or a share)."
-        )
-    if config.train.eval_steps and config.train.save_steps and config.train.save_steps % config.train.eval_steps:
-        problems.append(
-            f"train.save_steps ({config.train.save_steps}) must be a multiple of train.eval_steps ({config.train.eval_steps}), "
-            "so that the best checkpoint is one that was scored."
-        )
-    if config.train.max_steps == 0:
-        problems.append(
-            "train.max_steps is 0, so nothing would be learned. Set a number of steps, or -1 for num_train_epochs."
-        )
-    if config.adapter.path and config.model.load_in == "full":
-        problems.append(
-            "adapter.path continues an adapter, and model.load_in: full has none. Set load_in to 16bit or 4bit."
-        )
-    if not config.export.formats:
-        problems.append(
-            "export.formats is empty, so nothing of the training would be kept. Name adapter, merged or both."
-        )
-    if "adapter" in config.export.formats and config.model.load_in == "full":
-        problems.append(
-            "export.formats asks for adapter, and model.load_in: full trains the weights themselves, without one. "
-            "Set export.formats: [merged]."
-        )
-    return problems
 
 
 PARAMETERS = ("recipe", "settings", "run_name")
