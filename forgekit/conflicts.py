@@ -75,6 +75,7 @@ def find_adapter_conflicts(config: "Config") -> list[str]:
             f"one of the two has to choose. Leave target_modules out, or set adapter.{name}: {empty}."
             for name, empty in (("layers", "[]"), ("layers_to_transform", "null in the recipe"))
             if getattr(adapter, name) and config.origin(f"adapter.{name}") != "default"
+            if name == "layers" or isinstance(adapter.target_modules, str)  # a list of names goes with layers
         ]
     return problems
 

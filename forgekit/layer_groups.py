@@ -28,6 +28,7 @@ class Group:
     tower: str
     pattern: str  # of the modules' names, behind any prefix
     help: str
+    whole: str = ""  # the module's name when it learns with all its weights instead of an adapter
 
 
 def describe_stage(stage: int) -> Group:
@@ -55,7 +56,10 @@ GROUPS = {
         r"(?:layers\.\d+\.per_layer_(?:input_gate|projection)|per_layer_model_projection)",
         "gates and projections of the per-layer embeddings",
     ),
-    "embeddings": Group("language", r"embed_tokens", "the vocabulary, which is also the output head"),
+    # the table is tied to the output head: PEFT 0.21 merges an adapter beside it wrongly, also with ensure_weight_tying
+    "embeddings": Group(
+        "language", r"embed_tokens", "the vocabulary, also the output head, with all its weights", "embed_tokens"
+    ),
     "per_layer_embeddings": Group("language", r"embed_tokens_per_layer", "the table of per-layer embeddings"),
     "vision_stem": Group("vision", r"timm_model\.conv_stem\.conv", "the picture tower's first convolution"),
     **{f"vision_stage{stage}": describe_stage(stage) for stage in (1, 2, 3, 4)},

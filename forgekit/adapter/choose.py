@@ -1,5 +1,6 @@
 """From the settings and a model's shapes to the modules that learn, or one sentence for everything that cannot."""
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -61,6 +62,11 @@ def choose_modules(
         if any(module.name == planned.name for planned in saved)
     ]
     problems += find_idle_patterns(config, matched)
+    if saved and not matched and not problems:
+        problems.append(
+            f"adapter.layers: nothing but {saved[0].name} would learn, and PEFT wants an adapter beside it. Name a group such as "
+            "attention too, or set model.load_in: full."
+        )
     if problems:
         raise ConfigError(problems)
     adapted = [plan_lora(config, module) for module in matched]
@@ -115,7 +121,9 @@ def choose_layers(config: Config, shapes: Shapes) -> tuple[tuple[int, ...] | Non
 def match_targets(config: Config, shapes: Shapes, layers: tuple[int, ...] | None) -> tuple[list[Module], list[str]]:
     """Return the modules that the adapter goes beside, and a sentence for each choice that matches none."""
     tests = make_tests(config, layers)
-    inside = [m for m in shapes.modules if layers is None or find_layer(m.name) in (None, *layers)]
+    # names with layers mean the decoder alone, as in PEFT; the expressions of groups hold their layers themselves
+    narrow = config.adapter.target_modules and layers is not None
+    inside = [m for m in shapes.modules if not narrow or find_layer(m.name) in (layers or ())]
     found = {choice: {module.name for module in inside if test(module)} for choice, test in tests.items()}
     problems = [explain_empty(choice, test, shapes, layers) for choice, test in tests.items() if not found[choice]]
     names = set().union(*found.values()) if found else set()
@@ -138,12 +146,23 @@ def make_tests(config: Config, layers: tuple[int, ...] | None) -> dict[str, Call
         return {f"adapter.target_modules: {targets!r}": full(targets)}
     if targets:
         return {f"adapter.target_modules: {name!r}": end(name) for name in targets}
-    return {f"adapter.layers: {name!r}": full(write_regex((name,), layers)) for name in config.adapter.layers}
+    return {
+        f"adapter.layers: {name!r}": full(expression)
+        for name in config.adapter.layers
+        if (expression := write_regex((name,), layers))
+    }
 
 
 def write_regex(names: tuple[str, ...], layers: tuple[int, ...] | None) -> str:
-    """Return the regular expression of the whole names of some groups' modules."""
-    return "|".join(write_group_regex(group, layers) for group in expand_groups(names))
+    """Return the regular expression of the whole names of some groups' modules; "" where all of them learn whole."""
+    return "|".join(write_group_regex(group, layers) for group in expand_groups(names) if not GROUPS[group].whole)
+
+
+def list_saved(config: Config) -> list[str]:
+    """Return `modules_to_save` for PEFT, with the groups that learn with all their weights."""
+    groups = () if config.adapter.target_modules else expand_groups(config.adapter.layers)
+    whole = [GROUPS[group].whole for group in groups if GROUPS[group].whole]
+    return [*config.adapter.modules_to_save, *(name for name in whole if name not in config.adapter.modules_to_save)]
 
 
 def write_targets(config: Config, shapes: Shapes) -> str | list[str]:
@@ -186,7 +205,13 @@ def find_unfit(matched: Iterable[Module], shapes: Shapes) -> list[str]:
     """Return a sentence for matched modules that no adapter can go beside."""
     grouped = [module for module in matched if module.kind == "conv" and module.groups > 1]
     other = [module for module in matched if module.kind not in ADAPTABLE]
+    tied = [module for module in matched if shapes.tied and module.name.endswith(("embed_tokens", "lm_head"))]
     problems = []
+    if tied:
+        problems.append(
+            f"adapter.target_modules matches {tied[0].name}, which is the vocabulary's table and the output head in one: an adapter "
+            "beside it cannot be merged. Leave it out, and name embed_tokens in adapter.modules_to_save."
+        )
     if grouped:
         problems.append(
             f"adapter.target_modules matches {len(grouped)} grouped convolutions, for instance {grouped[0].name} ({grouped[0].groups} "
@@ -206,7 +231,7 @@ def match_saved(config: Config, shapes: Shapes, full_bytes: int) -> tuple[list[P
     A name matches as PEFT does it: the end of a module's name; everything below that module learns.
     """
     problems, chosen = [], []
-    for end in config.adapter.modules_to_save:
+    for end in list_saved(config):
         roots = [module.name for module in shapes.modules if module.name.endswith(end)]
         below = [m for m in shapes.modules if m.parameters and any(f"{m.name}.".startswith(f"{r}.") for r in roots)]
         if not below:
@@ -269,12 +294,9 @@ def plan_lora(config: Config, module: Module) -> PlannedModule:
     r = pick(adapter.rank_pattern, module.name, adapter.r)
     alpha = pick(adapter.alpha_pattern, module.name, adapter.lora_alpha)
     out, *rest = module.shape
-    inside = 1
-    for size in rest:
-        inside *= size
     # DoRA learns a length for each output; an Embedding's is as wide as its rows
     lengths = 0 if not adapter.use_dora else module.shape[1] if module.kind == "embedding" else out
-    count = r * (out + inside) + lengths
+    count = r * (out + math.prod(rest)) + lengths
     group = find_group(module.name) or "other"
     return PlannedModule(module.name, group, find_tower(module.name), "LoRA", module.shape, r, alpha, count, 4 * count)
 
@@ -287,12 +309,12 @@ def write_notes(adapted: list[PlannedModule], shapes: Shapes) -> list[str]:
     shared = tuple(layer for layer in kinds["kv_shared"] if layer in attention)
     if shared:
         notes.append(
-            f"Layers {write_ranges(shared)} use the keys and values of layers {write_ranges(kinds['kv_source'])}: "
-            "there only queries and outputs learn."
+            f"Layers without keys and values of their own: {write_ranges(shared)} (they use those of "
+            f"{write_ranges(kinds['kv_source'])}). There only queries and outputs learn."
         )
     wide = [planned for planned in adapted if planned.r and planned.r > min(planned.shape[:2])]
     if wide:
-        weights = sum(planned.shape[0] * planned.shape[1] for planned in wide if len(planned.shape) == 2)
+        weights = sum(math.prod(planned.shape) for planned in wide)
         notes.append(
             f"{len(wide)} modules have fewer rows or columns than their rank, for instance {wide[0].name} "
             f"{wide[0].shape[0]} x {wide[0].shape[1]}: a lower rank in adapter.rank_pattern, or modules_to_save "

@@ -14,7 +14,7 @@ from ..layer_groups import TOWERS, find_tower
 from ..model.load import choose_unsloth_checkpointing, start_engine
 from ..model.shapes import count_weights, read_shapes
 from ..run_folder import Run, write_text
-from .choose import write_pattern, write_targets
+from .choose import list_saved, write_pattern, write_targets
 from .plan import check_described, check_learner, name_module, plan_layers
 
 if TYPE_CHECKING:
@@ -57,10 +57,14 @@ def describe_lora(model: "PreTrainedModel", config: Config) -> dict[str, Any]:
     shared = {name: getattr(config.adapter, name) for name in names}
     for name in ("rank_pattern", "alpha_pattern"):
         shared[name] = {write_pattern(key): value for key, value in getattr(config.adapter, name).items()}
+    shapes, saved = read_shapes(model), list_saved(config)
+    tied = shapes.tied and any(name.endswith("embed_tokens") for name in saved)
     return {
         **shared,
-        "target_modules": write_targets(config, read_shapes(model)),
-        "modules_to_save": list(config.adapter.modules_to_save) or None,
+        # PEFT takes an empty list as "no module", which it allows when modules_to_save names some
+        "target_modules": write_targets(config, shapes) or [],
+        "modules_to_save": saved or None,
+        "ensure_weight_tying": tied,
     }
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..table import Table
 
 FORMAT = 1  # of plan.json
-TOWER_KINDS = {"vision": ("image", "video"), "audio": ("audio",)}  # tower -> parts of a row that reach it
+TOWER_KINDS = {"vision": ("image", "video"), "audio": ("audio",)}  # parts of a row that reach a tower, decoded first
 
 
 @dataclass(frozen=True)
