@@ -33,7 +33,7 @@ def test_groups_get_their_factor_and_learn_by_it(make_config: Any) -> None:
     assert moved["self_attn"] == pytest.approx(2e-3, rel=0.02)
     assert moved["mlp"] == pytest.approx(2e-4, rel=0.02)
     groups = [group for group in trainer.optimizer.param_groups if group["params"]]
-    assert groups[0]["lr"] == 2e-3 and {group["lr"] for group in groups} == {2e-3, pytest.approx(2e-4)}
+    assert groups[0]["lr"] == 2e-3 and min(group["lr"] for group in groups) == pytest.approx(2e-4)
     learning = sum(parameter.requires_grad for parameter in trainer.model.parameters())
     assert sum(len(group["params"]) for group in groups) == learning
 
@@ -45,5 +45,5 @@ def test_a_factor_for_what_does_not_learn_is_refused(make_config: Any) -> None:
 
 
 def test_a_factor_for_no_group_is_refused_at_once(make_config: Any) -> None:
-    with pytest.raises(ConfigError, match="'mpl' is no group of layers. Did you mean mlp?"):
-        make_config({"train.learning_rate_pattern": {"mpl": 0.5}})
+    with pytest.raises(ConfigError, match="'attenton' is no group of layers. Did you mean attention?"):
+        make_config({"train.learning_rate_pattern": {"attenton": 0.5}})
