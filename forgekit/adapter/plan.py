@@ -1,5 +1,6 @@
 """The plan: exactly which modules learn, resolved from the settings, counted, saved and checked against the loaded model."""
 
+import functools
 import json
 import re
 from collections.abc import Collection
@@ -40,6 +41,15 @@ class LayerPlan:
     modules: tuple[PlannedModule, ...]
     totals: tuple[TowerTotal, ...]
     notes: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def in_layers(self) -> dict[int, list[PlannedModule]]:
+        """The modules that learn in each decoder layer."""
+        found: dict[int, list[PlannedModule]] = {}
+        for module in self.modules:
+            if (layer := find_layer(module.name)) is not None:
+                found.setdefault(layer, []).append(module)
+        return found
 
     @property
     def parameters(self) -> int:

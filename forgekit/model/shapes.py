@@ -40,7 +40,7 @@ class Module:
     parameters: tuple[tuple[str, int], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # told apart by identity, because thousands of modules are slow to hash
 class Shapes:
     """All modules of a model, in its own order, and what of its config the plan and the memory estimate read."""
 
@@ -50,6 +50,9 @@ class Shapes:
     layer_types: tuple[str, ...]
     shared_layers: int
     tied: bool  # the output head is the vocabulary's table
+    sparse: tuple[bool, ...]  # layers whose feed-forward part cuts small values off
+    heads: int
+    window: int  # tokens that a sliding layer sees
 
 
 def read_shapes(model: "PreTrainedModel", source: str = "the loaded model") -> Shapes:
@@ -59,7 +62,18 @@ def read_shapes(model: "PreTrainedModel", source: str = "the loaded model") -> S
     modules = tuple(describe_module(name, module, seen) for name, module in model.named_modules() if name)
     types = tuple(getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers)
     tied = bool(getattr(model.config, "tie_word_embeddings", getattr(text, "tie_word_embeddings", False)))
-    return Shapes(type(model).__name__, source, modules, types, getattr(text, "num_kv_shared_layers", 0) or 0, tied)
+    sparsity = getattr(text, "activation_sparsity_pattern", None) or [0.0] * text.num_hidden_layers
+    return Shapes(
+        type(model).__name__,
+        source,
+        modules,
+        types,
+        getattr(text, "num_kv_shared_layers", 0) or 0,
+        tied,
+        tuple(value > 0 for value in sparsity),
+        text.num_attention_heads,
+        getattr(text, "sliding_window", None) or 0,
+    )
 
 
 def describe_module(name: str, module: Any, seen: set[int]) -> Module:
