@@ -1,6 +1,6 @@
 """A recipe (YAML) and later settings become one checked, frozen Config that remembers where each value came from.
 
-default < recipe < notebook < --set < panel          the stronger one wins; None inherits
+default < recipe < recipe on top (params/gpu) < notebook < --set < panel      the stronger one wins; None inherits
 """
 
 import json
@@ -13,7 +13,7 @@ from pydantic import PrivateAttr, ValidationError
 
 from .conflicts import find_conflicts, suggest
 from .errors import ConfigError
-from .recipe import find_recipe, parse_yaml, read_recipe
+from .recipe import find_recipes, parse_yaml, read_recipe
 from .settings import Adapter, Data, Evaluate, Export, Model, Section, Train
 
 if TYPE_CHECKING:
@@ -32,12 +32,17 @@ class Config(Section):
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
-    _recipe: Path | None = PrivateAttr(default=None)
+    _recipes: tuple[Path, ...] = PrivateAttr(default=())
 
     @property
     def recipe(self) -> Path | None:
-        """The recipe's file, or None when there was none."""
-        return self._recipe
+        """The recipe's file, the first where there are several, or None when there was none."""
+        return self._recipes[0] if self._recipes else None
+
+    @property
+    def recipes(self) -> str:
+        """All recipes as `load_config` takes them: paths joined by " + ", or "" when there was none."""
+        return " + ".join(map(str, self._recipes))
 
     def origin(self, name: str) -> str:
         """Say where the value of a dotted name came from: "default", the recipe's file name, "notebook", "--set", ..."""
@@ -49,7 +54,7 @@ class Config(Section):
             (self._origins.get(name, "default"), {name: value}) for name, value in flatten(self.model_dump()).items()
         ]
         layers = [layer for layer in layers if layer[0] != "default"]
-        return type(self)._build([*layers, (origin, read_settings(settings))], self._recipe)
+        return type(self)._build([*layers, (origin, read_settings(settings))], self._recipes)
 
     def table(self, changed: bool = True) -> "pandas.DataFrame":
         """Return the settings as a table (setting, value, origin, help); `changed` keeps those that differ from the defaults."""
@@ -66,7 +71,7 @@ class Config(Section):
         return Table(pandas.DataFrame(rows, columns=["setting", "value", "from", "meaning"]).set_index("setting"))
 
     @classmethod
-    def _build(cls, layers: Iterable[tuple[str, dict[str, Any]]], recipe: Path | None) -> Self:
+    def _build(cls, layers: Iterable[tuple[str, dict[str, Any]]], recipes: tuple[Path, ...]) -> Self:
         """Merge layers of dotted names, weakest first, and check them all; every problem is reported at once."""
         values: dict[str, Any] = {}
         origins: dict[str, str] = {}
@@ -83,7 +88,7 @@ class Config(Section):
                     values[name], origins[name] = value, origin
         try:
             config = cls.model_validate(nest(values))
-            config._origins, config._recipe = origins, recipe
+            config._origins, config._recipes = origins, recipes
             problems += find_conflicts(config)
         except ValidationError as error:
             problems += [explain(problem, values, origins) for problem in error.errors()]
@@ -113,7 +118,8 @@ def load_config(recipe: str | Path | None = None, settings: Settings = None, ori
     """Read a recipe, put `settings` (dotted names, or their JSON / YAML text) on top, and check everything at once.
 
     Args:
-        recipe: a YAML file; looked for in the current folder and up to two folders above it. None: defaults alone.
+        recipe: a YAML file; looked for in the current folder and up to two folders above it. Several are joined by " + ":
+            "params/text.yaml + params/gpu/16gb.yaml"; a later one is stronger. None: defaults alone.
         settings: for instance {"train.max_steps": 60}; a nested mapping does too.
         origin: what the settings are called in tables; "--set" under `forgekit run`, else "notebook".
 
@@ -125,10 +131,10 @@ def load_config(recipe: str | Path | None = None, settings: Settings = None, ori
         raise ConfigError(
             f"recipe is {recipe!r}: it must be the name of a YAML file, for instance params/text_quick.yaml."
         )
-    path = find_recipe(recipe) if recipe else None
-    layers = [(path.name, flatten(read_recipe(path)))] if path else []
+    paths = find_recipes(recipe) if recipe else []
+    layers = [(path.name, flatten(read_recipe(path))) for path in paths]
     origin = origin or ("--set" if os.environ.get("FORGEKIT_RUN") else "notebook")
-    return Config._build([*layers, (origin, read_settings(settings))], path)
+    return Config._build([*layers, (origin, read_settings(settings))], tuple(paths))
 
 
 def read_settings(settings: Settings) -> dict[str, Any]:

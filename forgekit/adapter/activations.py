@@ -16,7 +16,7 @@ from .plan import LayerPlan
 VOCABULARY_CHUNK, TOKEN_CHUNK = 32768, 4096  # of TRL's loss (trl.trainer.utils, trl.kernels.chunked_logprob)
 # tower -> its weights, and the bytes in 16 bit of one picture of 768 pixels or clip of 30 s: all that autograd saves when it
 # learns, and four times the largest tensor. `python -m benchmarks.memory --towers` counts them.
-TOWER_BYTES = {"vision": (298_587_456, 3.92e9, 0.25e9), "audio": (684_694_048, 1.62e9, 0.15e9)}
+TOWER_BYTES = {"vision": (298_587_456, 3.92e9, 0.25e9), "audio": (684_694_048, 1.62e9, 0.04e9)}
 NORMS = 8  # a layer: before and after attention, feed-forward, LAuReL and per-layer input; AltUp's router twice
 
 

@@ -155,27 +155,25 @@ def prepare_libraries(config: Config) -> None:
 def read_config(config: Config) -> tuple["PreTrainedConfig", str]:
     """Return the transformers config of `model.id` and a sentence on where it came from.
 
-    Read from the checkpoint's folder, the cache or the Hub; where none of them has it, the released sizes of E2B and E4B
-    are known here. Raises ModelError for any other model that cannot be reached.
+    Read from the checkpoint's folder or the cache; the released sizes of E2B and E4B are known here; others from the Hub.
+    Raises ModelError for a model whose config.json cannot be reached.
     """
     prepare_libraries(config)
     from transformers import AutoConfig
 
     name = find_model(config)
+    size = next((size for size in RELEASED if f"gemma-3n-{size}".lower() in name.lower()), None)
     try:
-        settings = AutoConfig.from_pretrained(name, revision=config.model.revision)
+        settings = AutoConfig.from_pretrained(name, revision=config.model.revision, local_files_only=size is not None)
     except (OSError, ValueError) as error:
-        size = next((size for size in RELEASED if f"gemma-3n-{size}".lower() in name.lower()), None)
-        if size is None:
-            raise ModelError(
-                f"model.id: the config.json of {config.model.id} cannot be read, so its layers are not known. "
-                "Connect to the Hub once, or name a folder that holds it."
-            ) from error
-        return make_released_config(
-            size
-        ), f"the released sizes of Gemma 3n {size} (its config.json is not on this machine)"
-    place = "config.json in its folder" if Path(name).is_dir() else "config.json of the Hub or its cache"
-    return settings, place
+        if size is not None:
+            text = f"the released sizes of Gemma 3n {size} (its config.json is not on this machine)"
+            return make_released_config(size), text
+        raise ModelError(
+            f"model.id: the config.json of {config.model.id} cannot be read, so its layers are not known. "
+            "Connect to the Hub once, or name a folder that holds it."
+        ) from error
+    return settings, "config.json in its folder" if Path(name).is_dir() else "config.json of the Hub or its cache"
 
 
 def make_released_config(size: str) -> "PreTrainedConfig":
