@@ -10,6 +10,7 @@ import pytest
 from benchmarks import memory
 
 
+@pytest.mark.slow
 def test_the_memory_benchmark_runs_its_steps_and_goes_on_where_it_was(tmp_path: Path, project_folder: Path) -> None:
     out = tmp_path / "results.json"
     known = {"tiny:16bit:1x32:off": {"allocated": 2**30, "reserved": 2**30, "seconds": 1.0}}

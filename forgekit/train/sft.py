@@ -4,13 +4,13 @@ import functools
 import sys
 from typing import TYPE_CHECKING, Any
 
-from ..adapter.plan import TOWER_KINDS, check_plan_against_data, plan_layers
+from ..adapter.plan import TOWER_KINDS, LayerPlan, check_plan_against_data, plan_layers
 from ..config import Config
 from ..data.collate import Collator
 from ..errors import ConfigError
 from ..hardware import choose_device
 from ..model.load import start_engine
-from ..run_folder import Run
+from ..run_folder import Run, write_text
 from .learning_rates import scale_learning_rates
 
 if TYPE_CHECKING:
@@ -35,7 +35,9 @@ def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config,
     the loss is no longer finite.
     """
     engine = start_engine(config)
-    check_towers(config, model, data["train"])
+    plan = plan_layers(config, model.config)
+    check_towers(plan, data["train"])
+    write_text(run.path / "plan.json", plan.to_json() + "\n")
     from transformers import EarlyStoppingCallback
 
     from .callbacks import LiveCurve, RunLog, StatusFile  # they subclass transformers' own, so the engine comes first
@@ -64,9 +66,8 @@ def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config,
     return trainer
 
 
-def check_towers(config: Config, model: Any, rows: "Dataset") -> None:
+def check_towers(plan: LayerPlan, rows: "Dataset") -> None:
     """Raise ConfigError when a tower learns and no row holds a part of its kind; rows are read until each is seen."""
-    plan = plan_layers(config, model.config)
     wanted = {kind for total in plan.totals if total.modules for kind in TOWER_KINDS.get(total.tower, ())[:1]}
     kinds: set[str] = set()
     for row in rows if wanted else ():

@@ -88,7 +88,7 @@ def test_weights_are_those_of_the_parts(released: dict[str, Shapes]) -> None:
     tables = sum(number for name, number in sizes.items() if "embed_tokens" in name or "_tower" in name)
     assert plain > 2 * tables
     linear = sum(number for name, number in sizes.items() if ".layers." in name and name.endswith("_proj"))
-    assert packed == pytest.approx(linear * 0.516, rel=0.02)
+    assert packed == pytest.approx(linear * 0.516, rel=0.03)
     absent = count_base(make(), shapes, 2, ("embed_tokens_per_layer",))
     assert sum(count_base(make(), shapes, 2)) - sum(absent) == 2 * sizes["model.language_model.embed_tokens_per_layer"]
 

@@ -1,10 +1,12 @@
 """Learning rates by group: the optimizer's groups, and that a factor really reaches the weights."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from forgekit import add_adapter, load_data, load_model, sft_trainer, start_run
+from forgekit.adapter.plan import read_plan
 from forgekit.errors import ConfigError
 
 
@@ -25,6 +27,8 @@ def test_groups_get_their_factor_and_learn_by_it(make_config: Any) -> None:
     config = make_config({**settings, "train.learning_rate_pattern": {"mlp": 0.1}, "train.optim": "adamw_torch"})
     trainer = make_trainer(config, "rates")
     trainer.train()
+    plan = read_plan(Path(trainer.args.output_dir).parent / "plan.json")
+    assert plan.parameters == sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     moved = {"mlp": 0.0, "self_attn": 0.0}
     for name, parameter in trainer.model.named_parameters():
         if "lora_B" in name:
