@@ -174,6 +174,21 @@ def make_learner(config: Config, size: str, checkpoint: str | None, cuda: bool) 
     return add_peft_adapter(model, config)
 
 
+def run_models(settings: list[str], out: Path, seconds: float, checkpoint: str | None = None) -> None:
+    """Measure the settings of each model in a process of its own: libraries keep parts of a model that was deleted."""
+    import subprocess
+    import sys
+
+    started = time.monotonic()
+    for model in dict.fromkeys(":".join(setting.split(":")[:2]) for setting in settings):
+        own = [setting for setting in settings if setting.startswith(f"{model}:")]
+        left = seconds - (time.monotonic() - started)
+        command = [sys.executable, "-m", "benchmarks.memory", str(out), "--here", "--settings", ",".join(own)]
+        if left > 0:
+            more = ["--checkpoint", checkpoint] if checkpoint else []
+            subprocess.run([*command, "--seconds", f"{left:.0f}", *more], check=False)
+
+
 def run_settings(settings: list[str], out: Path, seconds: float, checkpoint: str | None = None) -> None:
     """Measure the settings that `out` lacks, each model made once; stop in time, so that what was measured is kept."""
     from forgekit.model.load import load_processor, start_engine
@@ -329,6 +344,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=280, help="start no setting after so many seconds")
     for name in ("fit", "table", "towers"):
         parser.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # measure in this process
     options = parser.parse_args()
     if options.towers:
         return count_tower_bytes()
@@ -337,7 +353,8 @@ def main() -> None:
     if options.fit or options.table:
         results = json.loads(options.out.read_text())
         return fit(results) if options.fit else print_table(results)
-    run_settings(options.settings.split(","), options.out, options.seconds, options.checkpoint)
+    run = run_settings if options.here else run_models
+    run(options.settings.split(","), options.out, options.seconds, options.checkpoint)
 
 
 if __name__ == "__main__":
