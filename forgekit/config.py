@@ -5,7 +5,7 @@ default < recipe < recipe on top (params/gpu) < notebook < --set < panel      th
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -48,12 +48,12 @@ class Config(Section):
         """Say where the value of a dotted name came from: "default", the recipe's file name, "notebook", "--set", ..."""
         return self._origins.get(name, "default")
 
-    def change(self, settings: Settings, origin: str = "notebook") -> Self:
-        """Return a new Config with some dotted names changed, checked again as a whole."""
+    def change(self, settings: Settings, origin: str = "notebook", without: Collection[str] = ()) -> Self:
+        """Return a new Config with some dotted names changed and those in `without` back at their defaults, checked as a whole."""
         layers = [
             (self._origins.get(name, "default"), {name: value}) for name, value in flatten(self.model_dump()).items()
         ]
-        layers = [layer for layer in layers if layer[0] != "default"]
+        layers = [layer for layer in layers if layer[0] != "default" and not layer[1].keys() & set(without)]
         return type(self)._build([*layers, (origin, read_settings(settings))], self._recipes)
 
     def table(self, changed: bool = True) -> "pandas.DataFrame":
