@@ -27,6 +27,9 @@ if TYPE_CHECKING:  # the table of contents, in order of flow
     from .model.load import start_engine as start_engine
 
     # adapter
+    from .panels.layers import LayerPanel as LayerPanel
+    from .adapter.plan import plan_layers as plan_layers
+    from .adapter.memory import estimate_memory as estimate_memory
     from .adapter.lora import add_adapter as add_adapter
     from .adapter.lora import count_trainable as count_trainable
 
@@ -70,6 +73,9 @@ CONTENTS = {
     "start_engine": "model.load",
     "load_model": "model.load",
     # adapter
+    "LayerPanel": "panels.layers",
+    "plan_layers": "adapter.plan",
+    "estimate_memory": "adapter.memory",
     "add_adapter": "adapter.lora",
     "count_trainable": "adapter.lora",
     # train

@@ -4,15 +4,17 @@ import functools
 import sys
 from typing import TYPE_CHECKING, Any
 
+from ..adapter.plan import TOWER_KINDS, LayerPlan, check_plan_against_data, plan_layers
 from ..config import Config
 from ..data.collate import Collator
 from ..errors import ConfigError
 from ..hardware import choose_device
 from ..model.load import start_engine
-from ..run_folder import Run
+from ..run_folder import Run, write_text
+from .learning_rates import scale_learning_rates
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
+    from datasets import Dataset, DatasetDict
     from trl import SFTConfig, SFTTrainer
 
 
@@ -33,6 +35,9 @@ def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config,
     the loss is no longer finite.
     """
     engine = start_engine(config)
+    plan = plan_layers(config, model.config)
+    check_towers(plan, data["train"])
+    write_text(run.path / "plan.json", plan.to_json() + "\n")
     from transformers import EarlyStoppingCallback
 
     from .callbacks import LiveCurve, RunLog, StatusFile  # they subclass transformers' own, so the engine comes first
@@ -55,9 +60,21 @@ def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config,
     # seen to hold on plain transformers and for Unsloth on a CPU; on a GPU Unsloth compiles a loss of its own and decides
     if engine == "huggingface" or choose_device(config) == "cpu":
         weigh_tokens_alike(trainer)
+    scale_learning_rates(trainer, config.train.learning_rate_pattern)
     remove_default_output(trainer)
     report_failure(trainer, status)
     return trainer
+
+
+def check_towers(plan: LayerPlan, rows: "Dataset") -> None:
+    """Raise ConfigError when a tower learns and no row holds a part of its kind; rows are read until each is seen."""
+    wanted = {kind for total in plan.totals if total.modules for kind in TOWER_KINDS.get(total.tower, ())[:1]}
+    kinds: set[str] = set()
+    for row in rows if wanted else ():
+        kinds |= {part["type"] for message in row["messages"] for part in message["content"]}
+        if kinds >= wanted:
+            break
+    check_plan_against_data(plan, kinds)
 
 
 def weigh_tokens_alike(trainer: Any) -> None:
