@@ -20,7 +20,7 @@ TIERS = (
     ("evaluate",),
     ("train",),
     ("export",),
-    ("runs", "project", "doctor"),
+    ("panels", "runs", "project", "doctor"),
     ("__main__",),
 )
 RANKS = {name: rank for rank, names in enumerate(TIERS) for name in names}
@@ -28,7 +28,14 @@ CONTENTS = "__init__"  # forgekit/__init__.py names everything and is imported b
 
 HEAVY = {"torch", "transformers", "trl", "peft", "unsloth", "unsloth_zoo", "datasets", "timm", "matplotlib", "pandas"}
 # subclasses of transformers' and pandas' own classes, and the code that makes the built-in model
-MAY_BE_HEAVY = ("train/callbacks.py", "table.py", "model/tiny*.py", "model/timm_args.py")
+MAY_BE_HEAVY = (
+    "train/callbacks.py",
+    "train/stop.py",
+    "train/progress.py",
+    "table.py",
+    "model/tiny*.py",
+    "model/timm_args.py",
+)
 
 
 @pytest.fixture(scope="session")
