@@ -68,7 +68,7 @@ class ChatPanel:
 
         w = self.widgets = SimpleNamespace(
             turns=widgets.VBox(),
-            message=widgets.Textarea(description="Message", rows=2, layout={"width": "100%"}, style=NARROW),
+            message=widgets.Textarea(description="Message", rows=2, layout={"width": "auto"}, style=NARROW),
             send=widgets.Button(description="Send", tooltip="Ask the model"),
             stop=widgets.Button(description="Stop answer", tooltip="End the answer here", disabled=True),
             clear=widgets.Button(description="New chat", tooltip="Forget what was said"),

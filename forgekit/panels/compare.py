@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 PAGE = 5  # rows shown at once
+RULED = "<table rules='rows' cellpadding='6' style='border-collapse:collapse'>"  # a widget gets no table style from JupyterLab
 
 # What a row is picked by: before and after are rows of Scores
 FILTERS = {
@@ -98,7 +99,8 @@ class ComparePanel:
 
         if not rows:
             return ""
-        return Table([self.describe_row(i) for i in rows])._repr_html_()
+        table = Table([self.describe_row(i) for i in rows])._repr_html_()
+        return f"<div style='line-height:1.4'>{table.replace('<table>', RULED, 1)}</div>"
 
     def describe_row(self, i: int) -> dict[str, Any]:
         """Return one row of the table; verdicts are words, so that nothing depends on colour."""

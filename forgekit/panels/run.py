@@ -170,8 +170,7 @@ def write_seconds(seconds: float | None) -> str:
 def write_figures(figures: list[tuple[str, str]]) -> str:
     """Return name above value, side by side as far as there is room."""
     cells = "".join(
-        f"<div style='margin:4px 20px 4px 0'><dt>{html.escape(name)}</dt>"
-        f"<dd style='margin:0;font-weight:bold'>{html.escape(value) or '–'}</dd></div>"
+        f"<li style='list-style:none;margin:4px 24px 4px 0'>{html.escape(name)}<br><b>{html.escape(value) or '–'}</b></li>"
         for name, value in figures
     )
-    return f"<dl style='display:flex;flex-wrap:wrap;margin:0;line-height:1.4'>{cells}</dl>"
+    return f"<ul style='display:flex;flex-wrap:wrap;margin:0;padding:0;line-height:1.4'>{cells}</ul>"

@@ -64,7 +64,7 @@ def each_look(page: Any) -> Iterator[str]:
     """Yield the names of the four looks, light and dark, wide and narrow, with the page set to each."""
     for theme, name in THEMES.items():
         page.evaluate("(theme) => window.jupyterapp.commands.execute('apputils:change-theme', { theme })", name)
-        page.wait_for_selector(f"body[data-jp-theme-light='{str(theme == 'light').lower()}']")
+        page.wait_for_selector(f"body[data-jp-theme-light='{str(theme == 'light').lower()}']", state="attached")
         for width in WIDTHS:
             page.set_viewport_size({"width": width, "height": 900})
             page.wait_for_timeout(300)  # the panels flow anew
