@@ -89,9 +89,9 @@ class ComparePanel:
         """Bring the widgets to the chosen page."""
         number, first = len(self.found[self.chosen]), self.page * PAGE
         w, rows = self.widgets, self.rows()
+        w.table.value = self.write_table(rows)
         w.place.value = say(f"{first + 1} to {first + len(rows)} of {number}" if rows else "no such answer")
         w.back.disabled, w.forth.disabled = first == 0, first + PAGE >= number
-        w.table.value = self.write_table(rows)
 
     def write_table(self, rows: list[int]) -> str:
         """Return rows as an HTML table."""

@@ -57,7 +57,7 @@ def serve(folder: Path, project: Path, module: str, *options: str) -> Iterator[S
         process = subprocess.Popen(
             command,
             cwd=folder,
-            env=os.environ | own | {"PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"},
+            env=os.environ | own | {"PYTHONPATH": find_python_path(project), "OMP_NUM_THREADS": "1"},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -73,6 +73,11 @@ def serve(folder: Path, project: Path, module: str, *options: str) -> Iterator[S
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def find_python_path(project: Path) -> str:
+    """Return a path on which the kernel finds this checkout, behind what is there: another ipykernel, for instance."""
+    return os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(project)])
 
 
 def write_settings(folder: Path) -> None:

@@ -29,9 +29,8 @@ def test_panels_render_and_answer(voila: Server, browser: Any, pictures: Any) ->
         page.goto(voila.find("/voila/render/app.ipynb"), timeout=2 * SECONDS)
         compare = page.locator(PANEL).filter(has_text="Answers that are").first
         compare.wait_for(timeout=2 * SECONDS)
-        place = compare.locator("[role=status]")
-        click_and_wait(compare.get_by_role("button", name="Next"), lambda: place.inner_text() == "6 to 7 of 7")
-        assert compare.locator("tbody tr").first.inner_text().startswith("6\t")
+        first = compare.locator("tbody tr").first
+        click_and_wait(compare.get_by_role("button", name="Next"), lambda: first.inner_text().startswith("6\t"))
         chat = page.locator(PANEL).filter(has_text="max_new_tokens").first
         chat.get_by_label("max_new_tokens").fill("4")
         chat.get_by_label("Message").fill("Which one?")

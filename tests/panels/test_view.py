@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -85,7 +86,10 @@ def test_an_executed_notebook_holds_text_and_html_and_no_widget(tmp_path: Path, 
         str(tmp_path / "panel.ipynb"),
     ]
     done = subprocess.run(
-        [*command, "--KernelManager.transport_encryption=auto"], cwd=project_folder, capture_output=True, text=True
+        [*command, "--KernelManager.transport_encryption=auto"],
+        env=os.environ | {"PYTHONPATH": str(project_folder)},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     executed = json.loads(done.stdout)
