@@ -146,17 +146,18 @@ def check_name(name: str | int) -> str:
     return name
 
 
-def start_run(config: "Config", name: str | int | None = None) -> Run:
+def start_run(config: "Config", name: str | int | None = None, inside: Run | None = None) -> Run:
     """Make and lock the run's folder and write run.json with the settings and where each came from.
 
     Args:
         name: the folder's name; None or "" takes the time, or the name that `forgekit run` chose.
+        inside: a run whose folder this one's is made in, for a second, smaller training in the same notebook.
 
     Raises:
         RunError: a run of that name exists, is in use, or its folder cannot be written.
     """
     name = check_name(name or os.environ.get("FORGEKIT_RUN") or datetime.now().strftime("%Y%m%d-%H%M%S"))
-    path = find_run_root(config.recipe) / name
+    path = (inside.path if inside else find_run_root(config.recipe)) / name
     if os.environ.get("FORGEKIT_RUN") != name:
         check_unused(path)
     record = {"name": name, "state": "running", "pid": os.getpid(), "started_at": now()}

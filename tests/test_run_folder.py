@@ -166,6 +166,14 @@ def test_the_name_of_a_run_that_is_there_is_refused_and_its_files_kept(state: st
     assert (runs / "first" / "run.json").read_bytes() == before
 
 
+def test_a_run_inside_another_has_its_folder_in_it(runs: Path) -> None:
+    outer = start_run(load_config(), "outer")
+    inner = start_run(load_config(), "films", inside=outer)
+    assert inner.path == outer.path / "films" and read_json(inner.path / "run.json")["state"] == "running"
+    inner.finish()
+    assert read_json(outer.path / "run.json")["state"] == "running"
+
+
 def test_under_forgekit_run_the_kernel_goes_on_with_the_run_that_was_begun(
     runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

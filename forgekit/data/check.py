@@ -1,6 +1,8 @@
 """Convert, measure and hash the rows of one source; what cannot be learned from is set aside with its reason."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +12,7 @@ from .clean import BadRow, Quarantine, make_printable
 from .collate import check_rows, get_tokenizer
 from .formats import ToExample
 from .messages import Messages, check_example, find_media, get_text
-from .parts import load_parts
+from .parts import count_pieces, describe_pieces, find_longest_piece, load_parts
 from .rows import BATCH, Kept, Row, TableRows, TextRows
 from .split import DIGEST, hash_row
 
@@ -22,6 +24,7 @@ SPLIT_SEED = 3407  # held-out rows stay the same when train.seed changes, so tha
 SHOWN = 5000
 SHARE = 0.1  # of the source between two lines of progress, at least
 MediaOptions = dict[str, Any]  # what `load_parts` is asked for
+_threads_of: int | None = None  # the process in which the tokenizer's threads were started
 Measure = Callable[[list[Messages]], list[BadRow | None]]
 
 
@@ -44,6 +47,7 @@ def check_source(
     import numpy
 
     prompts, contents, done, shown, share = bytearray(), bytearray(), 0, 0, 0.0
+    clips = pieces = 0
     measure, media = make_measure(processor, config), media_options(config, processor)
     for batch in batched(items, BATCH):
         converted = [(place, key, try_convert(to_example, row, place, rows.folder, media)) for place, row, key in batch]
@@ -55,6 +59,8 @@ def check_source(
                 continue
             assert not isinstance(found, BadRow)
             prompt, content = hash_row(found, SPLIT_SEED)
+            split, made = count_pieces(found)
+            clips, pieces = clips + split, pieces + made
             prompts += prompt
             contents += content
             rows.keep(key)
@@ -63,6 +69,8 @@ def check_source(
         if done - shown >= SHOWN and rows.share(done) - share >= SHARE and rows.share(done) < 1:
             print(f"Checking {name}: {rows.progress(done)}", flush=True)
             shown, share = done, rows.share(done)
+    if clips:
+        print(describe_pieces(clips, pieces))
     kept = rows.finish()
     kept.prompts, kept.contents = (numpy.frombuffer(bytes(found), f"S{DIGEST}") for found in (prompts, contents))
     return kept
@@ -70,7 +78,7 @@ def check_source(
 
 def media_options(config: "Config", processor: Any) -> MediaOptions:
     """Return what `load_parts` is asked for beside the messages."""
-    return {"frames": config.data.frames}
+    return {"frames": config.data.frames, "seconds": find_longest_piece(config.data.long_clips, processor)}
 
 
 def batched(items: Iterable[Row], size: int) -> Iterator[list[Row]]:
@@ -90,10 +98,30 @@ def make_measure(processor: Any, config: "Config") -> Measure:
     def measure(chats: list[Messages]) -> list[BadRow | None]:
         sizes = [sum(len(get_text(message).strip()) for message in messages) for messages in chats]
         fitting = [messages for messages, size in zip(chats, sizes, strict=True) if size <= letters]
-        verdicts = iter(check_rows(fitting, processor, limit))
+        with tokenizer_threads():
+            verdicts = iter(check_rows(fitting, processor, limit))
         return [next(verdicts) if size <= letters else refuse_size(size, limit) for size in sizes]
 
     return measure
+
+
+@contextmanager
+def tokenizer_threads() -> Iterator[None]:
+    """Let the tokenizer use every core inside the block; forgekit keeps it to one elsewhere (`environment.py`).
+
+    Not in a fork of a process that did so: the threads it started do not exist there, and it would wait for them.
+    """
+    global _threads_of
+    name = "TOKENIZERS_PARALLELISM"
+    before, _threads_of = os.environ.get(name), _threads_of or os.getpid()
+    if _threads_of != os.getpid():
+        yield
+        return
+    os.environ[name] = "true"
+    try:
+        yield
+    finally:
+        os.environ[name] = before or "false"
 
 
 def refuse_size(size: int, limit: int) -> BadRow:

@@ -10,6 +10,7 @@ Tables of columns stay as they are, and only the numbers of the good rows are ke
 import atexit
 import json
 import os
+import platform
 import shutil
 import tempfile
 from array import array
@@ -189,12 +190,14 @@ class Store:
 
 
 def make_scratch() -> Path:
-    """Make a folder that is removed when this process ends."""
+    """Make a folder that is removed when this process ends, or by a later one when it was killed."""
     import datasets
 
     root = Path(datasets.config.HF_DATASETS_CACHE)
     root.mkdir(parents=True, exist_ok=True)
-    folder, owner = Path(tempfile.mkdtemp(prefix="forgekit-", dir=root)), os.getpid()
+    mine, owner = f"forgekit-{platform.node()}-", os.getpid()
+    remove_left(root, mine)
+    folder = Path(tempfile.mkdtemp(prefix=f"{mine}{owner}-", dir=root))
 
     def remove() -> None:
         if os.getpid() == owner:  # a forked worker ends earlier than the process that reads the rows
@@ -202,3 +205,13 @@ def make_scratch() -> Path:
 
     atexit.register(remove)
     return folder
+
+
+def remove_left(root: Path, mine: str) -> None:
+    """Remove what processes of this machine left that are gone."""
+    import psutil
+
+    for folder in root.glob(f"{mine}*"):
+        owner = folder.name.removeprefix(mine).partition("-")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(folder, ignore_errors=True)

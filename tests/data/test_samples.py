@@ -27,13 +27,13 @@ def find_presses(samples: np.ndarray) -> list[np.ndarray]:
     return [samples[begin * 160 : end * 160] for begin, end in edges.reshape(-1, 2)]
 
 
-@pytest.mark.parametrize("name, held_out", [("orders", 100), ("digits", 200), ("tones", 100)])
+@pytest.mark.parametrize("name, held_out", [("orders", 100), ("digits", 200), ("tones", 100), ("films", 4)])
 def test_held_out_rows_come_last_and_are_marked(name, held_out):
     splits = [row["split"] for row in SAMPLES[name]()]
     assert splits == ["train"] * (len(splits) - held_out) + ["test"] * held_out
 
 
-@pytest.mark.parametrize("name", ["orders", "tones"])
+@pytest.mark.parametrize("name", ["orders", "tones", "films"])
 def test_generated_rows_follow_from_the_seed_alone(name):
     first, again, other = (SAMPLES[name](rows=20, seed=seed) for seed in (5, 5, 6))
     assert repr(first) == repr(again) != repr(other)
@@ -51,7 +51,7 @@ def test_every_order_is_distinct_and_its_facts_stand_in_its_message():
 
 
 def test_no_number_is_dialled_twice():
-    numbers = [row["number"] for row in load_tones()]
+    numbers = [row["text"] for row in load_tones()]
     assert len(set(numbers)) == len(numbers)
 
 
@@ -63,12 +63,12 @@ def test_tones_are_the_dialled_keys():
         pairs = [
             (find_strongest(press, ROW_HZ), find_strongest(press, COLUMN_HZ)) for press in find_presses(audio["array"])
         ]
-        assert pairs == [KEY_HZ[key] for key in row["number"]]
+        assert pairs == [KEY_HZ[key] for key in row["text"]]
 
 
 def test_digits_are_pictures_of_every_digit():
     rows = SAMPLES["digits"]()
-    assert len(rows) == 1797 and {row["digit"] for row in rows} == set("0123456789")
+    assert len(rows) == 1797 and {row["text"] for row in rows} == set("0123456789")
     image = rows[0]["image"]
     assert (image.mode, image.size) == ("RGB", (64, 64)) and image.getextrema()[0][1] > 200
 
@@ -95,3 +95,17 @@ def test_the_pre_training_check_sees_a_leak(monkeypatch):
     monkeypatch.setattr(tiny_material, "LETTERS", tiny_material.LETTERS + "7")
     with pytest.raises(AssertionError):
         test_pre_training_never_shows_the_tasks()
+
+
+def test_a_film_shows_its_digits_in_order():
+    from forgekit.data.parts.video import sample_frames
+
+    (film,), digits = SAMPLES["films"](rows=1), SAMPLES["digits"](rows=4)
+    question, answer = film["messages"]
+    frames = sample_frames(question["content"][0]["video"], 4)
+    assert [seconds for seconds, _ in frames] == [0.25, 0.75, 1.25, 1.75]
+    assert answer["content"][0]["text"] == " ".join(digit["text"] for digit in digits)
+    for (_, frame), digit in zip(frames, digits, strict=True):
+        shown = [np.asarray(other["image"], float) for other in digits]
+        distances = [np.abs(np.asarray(frame, float) - other).mean() for other in shown]
+        assert int(np.argmin(distances)) == digits.index(digit)

@@ -218,8 +218,8 @@ def read_row(row: dict) -> tuple[str, str, object]:
     if "message" in row:
         return f"Turn this order into JSON: {row['message']}", json.dumps(row["order"]), None
     if "image" in row:
-        return "Which digit is this?", row["digit"], row["image"]
-    return "Which number was dialled?", row["number"], row["audio"]["array"]
+        return "Which digit is this?", row["text"], row["image"]
+    return "Which number was dialled?", row["text"], row["audio"]["array"]
 
 
 def encode_rows(processor, name: str, rows: list[dict]) -> dict[str, torch.Tensor]:

@@ -1,5 +1,10 @@
-"""One execution of the text notebook, as `make demo` does it, serves every test that only looks at what came out."""
+"""One execution of each notebook with its quick recipe serves every test that only looks at what came out.
 
+`make outputs` executes a notebook and stores its outputs anew; `pytest --nbval notebooks/01_text.ipynb` executes it and
+compares. Here the outputs of the one execution are compared by nbval's own functions.
+"""
+
+import copy
 import json
 import os
 import subprocess
@@ -10,6 +15,9 @@ from typing import Any
 
 import nbformat
 import pytest
+from nbval.plugin import IPyNbCell, IPyNbFile, coalesce_streams
+
+NOTEBOOKS = {"text": "01_text", "vision": "02_vision", "audio": "03_audio"}
 
 
 @dataclass(frozen=True)
@@ -30,23 +38,52 @@ class Finished:
         return json.loads((self.folder / name).read_text(encoding="utf-8"))
 
 
-def run_text_notebook(project_folder: Path, runs: Path, name: str, *arguments: str) -> Finished:
-    """Run the quick text notebook by the command, from the project's folder."""
-    command = [sys.executable, "-m", "forgekit", "run", "notebooks/01_text.ipynb", "--recipe", "params/text_quick.yaml"]
+def run_notebook(kind: str, project_folder: Path, runs: Path, *arguments: str) -> Finished:
+    """Run a notebook with its quick recipe by the command, from the project's folder; it has to come to its end."""
+    command = [sys.executable, "-m", "forgekit", "run", f"notebooks/{NOTEBOOKS[kind]}.ipynb"]
     done = subprocess.run(
-        [*command, "--name", name, *arguments],
+        [*command, "--recipe", f"params/{kind}_quick.yaml", "--name", kind, *arguments],
         cwd=project_folder,
         env=os.environ | {"FORGEKIT_RUNS": str(runs)},
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
     )
-    return Finished(done, runs / name)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return Finished(done, runs / kind)
+
+
+# each with its recipe as it is, with its own seed
 
 
 @pytest.fixture(scope="session")
 def text_run(project_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """The recipe as it is, with its own seed. About a minute on two idle cores."""
-    finished = run_text_notebook(project_folder, tmp_path_factory.mktemp("runs of the day"), "text")
-    assert finished.done.returncode == 0, finished.done.stdout[-3000:] + finished.done.stderr[-3000:]
-    return finished
+    return run_notebook("text", project_folder, tmp_path_factory.mktemp("runs of the day"))
+
+
+@pytest.fixture(scope="session")
+def vision_run(project_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    return run_notebook("vision", project_folder, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="session")
+def audio_run(project_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    return run_notebook("audio", project_folder, tmp_path_factory.mktemp("runs"))
+
+
+def collect_cells(notebook: Path, session: pytest.Session) -> list[IPyNbCell]:
+    """Return nbval's test items of a notebook, one a code cell, with its stored outputs and what its tags ask for."""
+    return list(IPyNbFile.from_parent(session, path=notebook).collect())
+
+
+def find_differences(notebook: Path, executed: nbformat.NotebookNode, session: pytest.Session) -> dict[str, str]:
+    """Compare stored with executed outputs as nbval does after it has executed a cell; return cell id -> difference."""
+    outputs = {cell.id: cell.outputs for cell in executed.cells if cell.cell_type == "code"}
+    items = collect_cells(notebook, session)
+    assert [item.cell.id for item in items] == list(outputs)
+    differences = {}
+    for item in items:
+        stored, seen = (coalesce_streams(copy.deepcopy(o)) for o in (item.cell.outputs, outputs[item.cell.id]))
+        if item.options["check"] and not item.compare_outputs(seen, stored):
+            differences[item.cell.id] = "\n".join(item.comparison_traceback)
+    return differences

@@ -1,70 +1,90 @@
-"""The vision and audio notebooks: to the end in a few steps by default, to their scores with `--slow`."""
+"""The vision and audio notebooks, each executed once with its quick recipe: scores, towers, answers, films, stored outputs."""
 
-import json
-import os
-import subprocess
-import sys
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-# notebook, recipe, tower whose modules learn, points of exact match that the whole recipe gains at least
-CASES = {"vision": ("02_vision", 200, 60), "audio": ("03_audio", 100, 50)}
-FEW = ["train.max_steps=4", "train.eval_steps=2", "evaluate.rows=10"]
+from .conftest import NOTEBOOKS, Finished, find_differences, run_notebook
+
+# held-out rows, and points of exact match that the recipe gains at least
+ROWS = {"vision": 200, "audio": 100}
+POINTS = {"vision": 60, "audio": 50}
+LONGEST_SECONDS = 180  # on two idle cores; `make test` may run beside other work, so only twice that fails
 
 
-def run_notebook(project_folder: Path, runs: Path, kind: str, *settings: str) -> Path:
-    """Run the quick notebook of a kind by the command; return the run's folder."""
-    name = CASES[kind][0]
-    command = [
-        sys.executable,
-        "-m",
-        "forgekit",
-        "run",
-        f"notebooks/{name}.ipynb",
-        "--recipe",
-        f"params/{kind}_quick.yaml",
-    ]
-    done = subprocess.run(
-        [*command, "--name", kind, *(["--set", *settings] if settings else [])],
-        cwd=project_folder,
-        env=os.environ | {"FORGEKIT_RUNS": str(runs)},
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return runs / kind
+def get_run(kind: str, request: pytest.FixtureRequest) -> Finished:
+    return request.getfixturevalue(f"{kind}_run")
 
 
-def read(folder: Path, name: str) -> Any:
-    return json.loads((folder / name).read_text(encoding="utf-8"))
+def check_scores(kind: str, finished: Finished) -> None:
+    before, after = finished.read("metrics/baseline.json"), finished.read("metrics/scores.json")
+    assert len(before["rows"]) == len(after["rows"]) == ROWS[kind]
+    for scores in (before, after):
+        assert scores["exact_match"] == sum(r["prediction"] == r["reference"] for r in scores["rows"]) / ROWS[kind]
+    assert 100 * (after["exact_match"] - before["exact_match"]) >= POINTS[kind]
+    assert after["loss"] < before["loss"]
 
 
-@pytest.mark.parametrize("kind", CASES)
-def test_a_few_steps_reach_the_last_cell_and_train_the_tower(kind: str, project_folder: Path, tmp_path: Path) -> None:
-    from safetensors import safe_open
-
-    folder = run_notebook(project_folder, tmp_path, kind, *FEW)
-    assert read(folder, "run.json")["state"] == "completed"
-    scores = read(folder, "metrics/scores.json")
-    assert len(scores["rows"]) == 10
-    assert scores["loss"] < read(folder, "metrics/baseline.json")["loss"]
-    with safe_open(folder / "models/lora/adapter_model.safetensors", "pt") as adapter:
-        learned = {name: adapter.get_tensor(name).abs().max() > 0 for name in adapter.keys() if "lora_B" in name}  # noqa: SIM118
-    for tower in (f"{kind}_tower", f"embed_{kind}", "language_model"):
-        assert any(tower in name for name in learned), tower
-    assert sum(learned.values()) > 0.9 * len(learned)
-    page = (folder / "notebook.html").read_text(encoding="utf-8")
-    assert ("<audio" if kind == "audio" else "data:image/png") in page
+@pytest.mark.parametrize("kind", ROWS)
+def test_the_score_moves_far_on_rows_it_has_not_seen(kind: str, request: pytest.FixtureRequest) -> None:
+    check_scores(kind, get_run(kind, request))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("kind", CASES)
-def test_the_whole_recipe_moves_the_score_far(kind: str, seed: int, project_folder: Path, tmp_path: Path) -> None:
-    folder = run_notebook(project_folder, tmp_path, kind, f"train.seed={seed}")
-    before, after = read(folder, "metrics/baseline.json"), read(folder, "metrics/scores.json")
-    assert len(after["rows"]) == CASES[kind][1]
-    assert 100 * (after["exact_match"] - before["exact_match"]) >= CASES[kind][2]
+@pytest.mark.parametrize("kind", ROWS)
+def test_other_seeds_learn_as_well(kind: str, seed: int, project_folder: Path, tmp_path: Path) -> None:
+    check_scores(kind, run_notebook(kind, project_folder, tmp_path, "--set", f"train.seed={seed}"))
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_the_run_takes_minutes(kind: str, request: pytest.FixtureRequest) -> None:
+    cells = [cell.metadata["papermill"]["duration"] for cell in get_run(kind, request).notebook.cells]
+    assert sum(seconds or 0 for seconds in cells) < 2 * LONGEST_SECONDS
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_every_tower_learned(kind: str, request: pytest.FixtureRequest) -> None:
+    from safetensors import safe_open
+
+    with safe_open(get_run(kind, request).folder / "models/lora/adapter_model.safetensors", "pt") as adapter:
+        learned = {name: adapter.get_tensor(name).abs().max() > 0 for name in adapter.keys() if "lora_B" in name}  # noqa: SIM118
+    for tower in (f"{kind}_tower", f"embed_{kind}", "language_model"):
+        assert any(tower in name for name in learned), tower
+    assert sum(learned.values()) > 0.9 * len(learned)
+
+
+def find_output(finished: Finished, call: str, kind: str = "text/html") -> str:
+    """Return what the cell with a call showed."""
+    (cell,) = [cell for cell in finished.notebook.cells if call in cell.source]
+    (shown,) = [output.data[kind] for output in cell.outputs if kind in output.get("data", {})]
+    return shown
+
+
+@pytest.mark.parametrize(("kind", "medium"), [("vision", "<img"), ("audio", "<audio")])
+def test_five_answers_are_shown_with_what_was_asked(kind: str, medium: str, request: pytest.FixtureRequest) -> None:
+    finished = get_run(kind, request)
+    shown = find_output(finished, "fk.show_answers")
+    assert shown.count(medium) == 5
+    before, after = finished.read("metrics/baseline.json")["rows"], finished.read("metrics/scores.json")["rows"]
+    cells = [re.sub("<[^>]*>", "", cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", shown, re.S)]
+    for i in range(5):
+        reference, first, last = after[i]["reference"], before[i]["prediction"], after[i]["prediction"]
+        assert cells[5 * i + 1 : 5 * i + 4] == [reference, first, last]
+
+
+def test_a_film_is_learned_from_and_answered(vision_run: Finished) -> None:
+    assert vision_run.read("films/run.json")["state"] == "completed"
+    assert vision_run.read("films/metrics/training-stats.json")["steps"] == 2
+    assert find_output(vision_run, 'film_data["test"]').count("<img") == 4
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_stored_outputs_are_those_of_this_execution(
+    kind: str, project_folder: Path, request: pytest.FixtureRequest
+) -> None:
+    notebook: Any = get_run(kind, request).notebook
+    differences = find_differences(project_folder / f"notebooks/{NOTEBOOKS[kind]}.ipynb", notebook, request.session)
+    assert not differences, "\n".join(f"{cell}: {text}" for cell, text in differences.items()) + "\nmake outputs"

@@ -4,7 +4,6 @@
 compares. Here the outputs of the one execution are compared by nbval's own functions.
 """
 
-import copy
 import re
 import shlex
 import subprocess
@@ -14,9 +13,8 @@ from typing import Any
 
 import nbformat
 import pytest
-from nbval.plugin import IPyNbCell, IPyNbFile, coalesce_streams
 
-from .conftest import Finished, run_text_notebook
+from .conftest import Finished, collect_cells, find_differences, run_notebook
 
 NOTEBOOK = "notebooks/01_text.ipynb"
 LAYOUT = """
@@ -51,8 +49,7 @@ def test_the_tuned_model_answers_rows_it_has_not_seen(text_run: Finished) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_other_seeds_learn_as_well(seed: int, project_folder: Path, tmp_path: Path) -> None:
-    finished = run_text_notebook(project_folder, tmp_path, f"seed-{seed}", "--set", f"train.seed={seed}")
-    assert finished.done.returncode == 0, finished.done.stdout[-3000:] + finished.done.stderr[-3000:]
+    finished = run_notebook("text", project_folder, tmp_path, "--set", f"train.seed={seed}")
     assert finished.read("run.json")["settings"]["train.seed"] == {"value": seed, "from": "--set"}
     check_scores(finished)
 
@@ -134,24 +131,6 @@ def test_every_path_of_the_last_words_exists(text_run: Finished) -> None:
 
 
 # ---- stored outputs -------------------------------------------------------------------------------------------------
-
-
-def collect_cells(notebook: Path, session: pytest.Session) -> list[IPyNbCell]:
-    """Return nbval's test items of a notebook, one a code cell, with its stored outputs and what its tags ask for."""
-    return list(IPyNbFile.from_parent(session, path=notebook).collect())
-
-
-def find_differences(notebook: Path, executed: nbformat.NotebookNode, session: pytest.Session) -> dict[str, str]:
-    """Compare stored with executed outputs as nbval does after it has executed a cell; return cell id -> difference."""
-    outputs = {cell.id: cell.outputs for cell in executed.cells if cell.cell_type == "code"}
-    items = collect_cells(notebook, session)
-    assert [item.cell.id for item in items] == list(outputs)
-    differences = {}
-    for item in items:
-        stored, seen = (coalesce_streams(copy.deepcopy(o)) for o in (item.cell.outputs, outputs[item.cell.id]))
-        if item.options["check"] and not item.compare_outputs(seen, stored):
-            differences[item.cell.id] = "\n".join(item.comparison_traceback)
-    return differences
 
 
 def test_stored_outputs_are_those_of_this_execution(

@@ -64,6 +64,11 @@ def count_pieces(messages: list[dict[str, Any]]) -> tuple[int, int]:
     return sum(part["piece"] == 1 for part in pieces), len(pieces)
 
 
+def describe_pieces(clips: int, pieces: int) -> str:
+    """Return the sentence that tells of split clips."""
+    return f"Long clips split (data.long_clips): {clips} became {pieces} parts, each with soft tokens of its own."
+
+
 def fingerprint_turn(message: Mapping[str, Any]) -> str:
     """Return a text that is equal for turns of equal content; the parts are decoded."""
     return "".join(KINDS[part["type"]].fingerprint(part) for part in message["content"])

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 # Larger ones are refused before they are decoded: a file of a few kB can hold gigabytes of pixels. About the size from
-# which Pillow itself warns of a decompression bomb (2**28 / 3 pixels); up to it, decoding stays under 1.5 GB.
+# which Pillow itself warns of a decompression bomb (2**28 / 3 pixels); up to it, decoding takes less than 1 GB.
 MEGAPIXELS = 89
 SHOWN = 256  # longest side of a picture in a notebook, in pixels
 

@@ -15,6 +15,12 @@ SHORTEST = 0.05  # seconds; the feature extractor makes its first frames of abou
 BLOCK = 1 << 18  # samples of one channel read at a time
 RATES = (1_000, 768_000)  # Hz; another number is a mistake
 UNKNOWN_SIZES = (0, 0xFFFFFFFF)  # what programs write into a WAV's header when they cannot go back to fill it in
+HEAD = 1 << 14  # bytes looked at for MP3_LENGTHS
+MP3_LENGTHS = (
+    b"Xing",
+    b"Info",
+)  # where an MP3 file writes its length; without them libsndfile guesses, by up to a tenth
+MP3_SLACK = 2 * 1152  # samples: two of MP3's frames, which encoders count in or not
 
 Blocks = Iterable[tuple["numpy.ndarray", Any]]  # ([samples, channels] float32, Hz)
 
@@ -30,35 +36,41 @@ def read_sound(source: Any, limit: float) -> "numpy.ndarray":
     import soundfile
 
     with decoding(source, "clip"), open_source(source, "clip") as file:
-        check_whole(file)
+        head = check_whole(file)
         try:
             sound = soundfile.SoundFile(file)
         except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a name that ends in .raw
             file.seek(0)
             return make_mono(read_with_av(file, getattr(error, "error_string", str(error))), limit)
         with sound:
-            if sound.frames > limit * sound.samplerate:
+            guessed = sound.format == "MP3" and not any(tag in head for tag in MP3_LENGTHS)
+            if sound.frames > limit * sound.samplerate and not guessed:
                 raise too_long(sound.frames / sound.samplerate, limit)
-            return make_mono(read_blocks(sound), limit)
+            return make_mono(read_blocks(sound, guessed), limit)
 
 
-def check_whole(file: BinaryIO) -> None:
-    """Raise BadRow for a WAV file that ends before its header says: libsndfile would hand out what is left of it."""
-    head = file.read(8)
+def check_whole(file: BinaryIO) -> bytes:
+    """Return the first bytes. Raises BadRow for a WAV file that ends before its header says.
+
+    libsndfile would hand out what is left of it without a word.
+    """
+    head = file.read(HEAD)
     size = file.seek(0, 2)
     file.seek(0)
     told = int.from_bytes(head[4:8], "little")
     if head[:4] == b"RIFF" and told not in UNKNOWN_SIZES and size < told + 7:  # 8, less a byte that pads odd lengths
         raise BadRow("corrupt_media", f"the clip is cut off: {size} bytes, and its header tells of {told + 8}")
+    return head
 
 
-def read_blocks(sound: Any) -> Iterator[tuple["numpy.ndarray", int]]:
-    """Yield a sound file's samples. Raises BadRow when there are fewer than its header tells of."""
+def read_blocks(sound: Any, guessed: bool) -> Iterator[tuple["numpy.ndarray", int]]:
+    """Yield a sound file's samples. Raises BadRow when there are fewer than its header tells of, unless that is a guess."""
     read = 0
-    for block in sound.blocks(BLOCK, dtype="float32", always_2d=True):
+    # not sound.blocks(): soundfile 0.14 fills up its last block, where a file is cut off, with whatever was in memory
+    while len(block := sound.read(BLOCK, dtype="float32", always_2d=True)):
         read += len(block)
         yield block, sound.samplerate
-    if read < sound.frames:
+    if read < sound.frames - (MP3_SLACK if sound.format == "MP3" else 0) and not guessed:
         raise BadRow("corrupt_media", f"the clip is cut off: {read} samples of {sound.frames} can be decoded")
 
 

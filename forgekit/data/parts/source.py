@@ -49,7 +49,7 @@ def decoding(source: Any, what: str) -> Iterator[None]:
     name = f" {str(source)[:NAME]}" if isinstance(source, str | Path) else ""
     try:
         yield
-    except (BadRow, MemoryError):
+    except (BadRow, MemoryError, ImportError):
         raise
     except Exception as error:  # noqa: BLE001 - on damaged bytes a decoder raises whatever it stumbles over
         text = str(error)[:300] or type(error).__name__

@@ -14,9 +14,18 @@ def check(part: Mapping[str, Any]) -> dict[str, Any]:
     """Return {"type": "text", "text": ...}. Raises BadRow for what no file of text can hold."""
     if not isinstance(part.get("text"), str):
         raise BadRow("wrong_type", f"a text part holds a string, not {type(part.get('text')).__name__}")
-    if "\0" in part["text"] or any(0xD800 <= ord(letter) <= 0xDFFF for letter in part["text"]):
+    if "\0" in part["text"] or not can_encode(part["text"]):
         raise BadRow("not_text", "the text holds a NUL or half a character (a lone surrogate)")
     return {"type": "text", "text": part["text"]}
+
+
+def can_encode(text: str) -> bool:
+    """Say whether a text can be written as UTF-8; a lone surrogate cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def load(part: dict[str, Any], wanted: Wanted) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ HELD_OUT = 100
 def load_tones(rows: int = 700, seed: int = 3407) -> list[dict]:
     """Makes `rows` recordings of dialled numbers, no number twice; the last 100 (at most half) have split "test".
 
-    A row is {"audio": {"array": float32 samples in -1..1, "sampling_rate": 16000}, "number": "407", "split"}: three
+    A row is {"audio": {"array": float32 samples in -1..1, "sampling_rate": 16000}, "text": "407", "split"}: three
     or four digits, 0.5 to 1.6 seconds, with uneven rhythm, loudness, pitch (half a percent) and a little noise.
     """
     generator = random.Random(seed)
@@ -30,7 +30,7 @@ def load_tones(rows: int = 700, seed: int = 3407) -> list[dict]:
         number = "".join(generator.choice("0123456789") for _ in range(generator.choice((3, 4))))
         if number not in numbers:
             audio = play_tones([KEY_HZ[key] for key in number], generator)
-            numbers[number] = {"audio": {"array": audio, "sampling_rate": RATE}, "number": number}
+            numbers[number] = {"audio": {"array": audio, "sampling_rate": RATE}, "text": number}
     return mark_split(list(numbers.values()), HELD_OUT)
 
 

@@ -65,6 +65,39 @@ def test_arrays_are_scaled_by_their_type() -> None:
     assert np.abs(listen(tone(16_000, channels=2).T, sampling_rate=16_000) - wave).max() < 1e-6
 
 
+def encode_mp3(xing: bool, seconds: float) -> bytes:
+    """Return noise behind silence at a variable bit rate, with or without the header that tells the length."""
+    import av
+
+    samples = np.zeros(int(44_100 * seconds), np.float32)
+    samples[len(samples) // 2 :] = np.random.default_rng(0).normal(0, 0.3, len(samples) - len(samples) // 2)
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp3", options={"write_xing": str(int(xing))}) as written:
+        track = written.add_stream("libmp3lame", rate=44_100)
+        track.codec_context.flags |= 2  # AV_CODEC_FLAG_QSCALE
+        track.codec_context.global_quality = 5 * 118  # quality 5, in libav's units
+        frame = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
+        frame.rate = 44_100
+        written.mux(track.encode(frame))
+        written.mux(track.encode())
+    return file.getvalue()
+
+
+def test_an_mp3_without_a_length_is_read_to_its_end_and_one_with_it_is_not_cut_off() -> None:
+    """libsndfile guesses 32 s for the first one, which lasts 30 s or less."""
+    import soundfile
+
+    guessed, told = encode_mp3(False, 29.9), encode_mp3(True, 29.9)
+    assert soundfile.info(io.BytesIO(guessed)).duration > 31
+    assert [abs(len(listen(data)) / audio.RATE - 29.9) < 0.06 for data in (guessed, told)] == [True, True]
+    with pytest.raises(BadRow, match="cut off: [0-9]+ samples of") as caught:
+        listen(told[: len(told) // 2])
+    assert caught.value.code == "corrupt_media"
+    # nothing tells that this one goes on, but what is heard is what the file holds, the same each time
+    heard = [listen(guessed[: len(guessed) // 2]) for _ in range(3)]
+    assert np.array_equal(heard[0], heard[1]) and np.array_equal(heard[0], heard[2])
+
+
 def test_a_datasets_column_is_read_without_a_decoder_of_its_own(tmp_path: Path) -> None:
     import datasets
 
@@ -169,6 +202,28 @@ def test_a_long_clip_is_split_when_asked_and_nothing_is_lost(processor: Any) -> 
     ((token, number),) = count_soft_tokens(processor)["audio"].most_common(1)
     assert row.count(token) == 4 * number
     assert audio.show(parts[1])[0] == f"[sound, {len(parts[1]['audio']) / audio.RATE:.2f} s, part 2 of 3]"
+
+
+def test_load_data_splits_long_clips_and_says_how_many(processor: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    from forgekit import load_config, load_data
+
+    seconds = audio.longest(processor)
+    clips = [encode_sound(clip_part(length * seconds, 1)["audio"], audio.RATE) for length in (2.5, 1.0, 1.5)]
+    rows = [{"clip": clip, "answer": str(number)} for number, clip in enumerate(clips)]
+
+    def to_example(row: dict[str, Any]) -> dict[str, Any]:
+        content = [{"type": "audio", "audio": row["clip"]}, text_part(f"{row['answer']}?")]
+        return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": row["answer"]}]}
+
+    config = load_config(None, {"model.max_length": 500, "data.max_bad": 1.0, "data.long_clips": "split"})
+    data = load_data(config, processor, to_example, rows=rows)
+    kinds = [[part["type"] for part in row["messages"][0]["content"]] for row in data["train"]]
+    assert kinds == [["audio"] * number + ["text"] for number in (3, 1, 2)]
+    assert "Long clips split (data.long_clips): 2 became 5 parts" in capsys.readouterr().out
+    data = load_data(config.change({"data.long_clips": "refuse"}), processor, to_example, rows=rows)
+    assert len(data["train"]) == 1
+    out = capsys.readouterr().out
+    assert "2 x clip_too_long" in out and "split (" not in out
 
 
 def test_an_hour_is_the_most_that_is_split() -> None:
