@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
@@ -18,7 +17,6 @@ from typing import Any
 import pytest
 
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SECONDS = 60_000  # milliseconds that a page may take for one thing; a busy machine starts a kernel slowly
 # JupyterLab: no news, no updates, every cell in the page also when it is out of sight
 SETTINGS = {
@@ -99,7 +97,7 @@ def wait_for(server: Server, process: subprocess.Popen[bytes]) -> None:
     pytest.fail(f"the server did not start:\n{(server.folder / 'server.log').read_text(encoding='utf-8')[-3000:]}")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory, project_folder: Path) -> Iterator[Server]:
     """JupyterLab on an empty folder; notebooks that are put there later can be opened."""
     folder = tmp_path_factory.mktemp("lab")
@@ -122,12 +120,11 @@ def voila(tmp_path_factory: pytest.TempPathFactory, project_folder: Path) -> Ite
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
+def browser(browser_path: str) -> Iterator[Any]:
     """Chromium, from the system."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install forgekit[test]")
-    path = next(found for name in BROWSERS if (found := shutil.which(name)))
     with playwright.sync_playwright() as engine:
-        chromium = engine.chromium.launch(executable_path=path, args=FLAGS)
+        chromium = engine.chromium.launch(executable_path=browser_path, args=FLAGS)
         yield chromium
         chromium.close()
 

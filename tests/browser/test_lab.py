@@ -1,7 +1,7 @@
 """The panels in JupyterLab, from Run All on: a training is watched, saved and stopped, answers are compared, a chat is had.
 
 One notebook, one kernel: the fixture `trained` does what a person does and notes what was seen, the tests look at it.
-Panels of other parts get tests of their own beside these, on a notebook of their own.
+LayerPanel's tests belong beside these in a file of their own, on a notebook of their own in the same server (fixture `lab`).
 """
 
 import base64
