@@ -48,6 +48,11 @@ if TYPE_CHECKING:  # the table of contents, in order of flow
     from .export.model import export_model as export_model
     from .export.adapter import load_export as load_export
 
+    # panels
+    from .panels.run import RunPanel as RunPanel
+    from .panels.compare import ComparePanel as ComparePanel
+    from .panels.chat import ChatPanel as ChatPanel
+
     # what goes wrong
     from .errors import ConfigError as ConfigError
     from .errors import DataError as DataError
@@ -90,6 +95,10 @@ CONTENTS = {
     # export
     "export_model": "export.model",
     "load_export": "export.adapter",
+    # panels
+    "RunPanel": "panels.run",
+    "ComparePanel": "panels.compare",
+    "ChatPanel": "panels.chat",
     # what goes wrong
     "ForgekitError": "errors",
     "ConfigError": "errors",

@@ -40,7 +40,15 @@ HEAVY = {
     "ipywidgets",
 }
 # the layer panel's widgets, subclasses of transformers' and pandas' own classes, and the code that makes the built-in model
-MAY_BE_HEAVY = ("panels/layer_*.py", "train/callbacks.py", "table.py", "model/tiny*.py", "model/timm_args.py")
+MAY_BE_HEAVY = (
+    "panels/layer_*.py",
+    "train/callbacks.py",
+    "train/stop.py",
+    "train/progress.py",
+    "table.py",
+    "model/tiny*.py",
+    "model/timm_args.py",
+)
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,9 @@ GPU_MULTIPLE = 64
 def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config, run: Run) -> "SFTTrainer":
     """Return TRL's SFTTrainer, ready for `.train()`: our collator, held-out loss, checkpoints, log, status and curve.
 
+    An interrupt (Ctrl-C, the notebook's Interrupt) ends the optimiser step, saves a checkpoint and lets `.train()` return;
+    a second one ends it at once, by KeyboardInterrupt.
+
     Args:
         model: from `add_adapter`.
         data: from `load_data`; "validation" is scored every `train.eval_steps`.
@@ -41,9 +44,11 @@ def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config,
     from transformers import EarlyStoppingCallback
 
     from .callbacks import LiveCurve, RunLog, StatusFile  # they subclass transformers' own, so the engine comes first
+    from .stop import StopSwitch
 
-    status = StatusFile(run, config.train.status_file)
-    callbacks: list[Any] = [RunLog(run), status]
+    log, status = RunLog(run), StatusFile(run, config.train.status_file)
+    switch = StopSwitch(run, log.write)
+    callbacks: list[Any] = [log, status, switch]
     if in_notebook():
         callbacks.append(LiveCurve())
     if config.train.early_stopping:
@@ -62,7 +67,7 @@ def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config,
         weigh_tokens_alike(trainer)
     scale_learning_rates(trainer, config.train.learning_rate_pattern)
     remove_default_output(trainer)
-    report_failure(trainer, status)
+    guard_training(trainer, status, switch)
     return trainer
 
 
@@ -86,14 +91,17 @@ def weigh_tokens_alike(trainer: Any) -> None:
     trainer.model_accepts_loss_kwargs = True
 
 
-def report_failure(trainer: Any, status: Any) -> None:
-    """Let `trainer.train` tell status.json when it ends by an error, Ctrl-C included, before the error goes on."""
+def guard_training(trainer: Any, status: Any, switch: Any) -> None:
+    """Let `trainer.train` end its step when it is interrupted, and tell status.json of an error before the error goes on."""
+    from .stop import catch_interrupt
+
     train = trainer.train
 
     @functools.wraps(train)
     def train_and_report(*args: Any, **kwargs: Any) -> Any:
         try:
-            return train(*args, **kwargs)
+            with catch_interrupt(switch):
+                return train(*args, **kwargs)
         except BaseException as error:
             status.fail(error)
             raise
