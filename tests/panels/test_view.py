@@ -1,9 +1,6 @@
 """Widgets are made where a person sits, and only there; a click is answered while a cell runs on every ipykernel."""
 
 import importlib
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +8,7 @@ from typing import Any
 
 import nbformat
 import pytest
+from nbclient import NotebookClient
 
 from forgekit.panels import view
 from forgekit.panels.view import WIDGET, answer_while_busy, has_front_end, make_bundle
@@ -67,33 +65,20 @@ def test_every_widget_of_a_panel_is_kept_off_the_busy_thread(monkeypatch: pytest
     assert {w.comm._reply_subshell_for({}, "free") for w in (box, box.children[0], button)} == {"free"}
 
 
-def test_an_executed_notebook_holds_text_and_html_and_no_widget(tmp_path: Path, project_folder: Path) -> None:
-    cells = [
+def test_an_executed_notebook_holds_text_and_html_and_no_widget(
+    tmp_path: Path, project_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(project_folder))  # for the kernel
+    cell = (
         "from forgekit import ComparePanel, Scores\n"
         "rows = [{'question': 'q', 'reference': 'a', 'prediction': 'a', 'right': True}]\n"
         "ComparePanel(Scores(1.0, 0.5, 3, 1.0, rows), Scores(1.0, 0.5, 3, 1.0, rows))"
-    ]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    nbformat.write(notebook, tmp_path / "panel.ipynb")
-    command = [
-        sys.executable,
-        "-m",
-        "nbconvert",
-        "--to",
-        "notebook",
-        "--execute",
-        "--stdout",
-        str(tmp_path / "panel.ipynb"),
-    ]
-    done = subprocess.run(
-        [*command, "--KernelManager.transport_encryption=auto"],
-        env=os.environ | {"PYTHONPATH": str(project_folder)},
-        capture_output=True,
-        text=True,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    executed = json.loads(done.stdout)
-    assert "widgets" not in executed["metadata"] and "widget-view" not in done.stdout
-    (output,) = executed["cells"][0]["outputs"]
-    assert output["data"].keys() == {"text/plain", "text/html"}
-    assert output["data"]["text/plain"][0].startswith("ComparePanel: 1 rows, 0 wrong, 0 changed, 1 right")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
+    executed = NotebookClient(
+        notebook, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    assert "widgets" not in executed.metadata and "widget-view" not in str(executed)
+    (output,) = executed.cells[0].outputs
+    assert output.data.keys() == {"text/plain", "text/html"}
+    assert output.data["text/plain"].startswith("ComparePanel: 1 rows, 0 wrong, 0 changed, 1 right")
