@@ -27,6 +27,9 @@ if TYPE_CHECKING:  # the table of contents, in order of flow
     from .model.load import start_engine as start_engine
 
     # adapter
+    from .panels.layers import LayerPanel as LayerPanel
+    from .adapter.plan import plan_layers as plan_layers
+    from .adapter.memory import estimate_memory as estimate_memory
     from .adapter.lora import add_adapter as add_adapter
     from .adapter.lora import count_trainable as count_trainable
 
@@ -47,6 +50,11 @@ if TYPE_CHECKING:  # the table of contents, in order of flow
     # export
     from .export.model import export_model as export_model
     from .export.adapter import load_export as load_export
+
+    # panels
+    from .panels.run import RunPanel as RunPanel
+    from .panels.compare import ComparePanel as ComparePanel
+    from .panels.chat import ChatPanel as ChatPanel
 
     # what goes wrong
     from .errors import ConfigError as ConfigError
@@ -73,6 +81,9 @@ CONTENTS = {
     "start_engine": "model.load",
     "load_model": "model.load",
     # adapter
+    "LayerPanel": "panels.layers",
+    "plan_layers": "adapter.plan",
+    "estimate_memory": "adapter.memory",
     "add_adapter": "adapter.lora",
     "count_trainable": "adapter.lora",
     # train
@@ -90,6 +101,10 @@ CONTENTS = {
     # export
     "export_model": "export.model",
     "load_export": "export.adapter",
+    # panels
+    "RunPanel": "panels.run",
+    "ComparePanel": "panels.compare",
+    "ChatPanel": "panels.chat",
     # what goes wrong
     "ForgekitError": "errors",
     "ConfigError": "errors",

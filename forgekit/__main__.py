@@ -35,16 +35,23 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="example: forgekit run notebooks/01_text.ipynb --recipe params/text.yaml --set train.max_steps=60 adapter.r=32",
     )
     verb.add_argument("notebook", metavar="NOTEBOOK", type=Path, help="one with a cell tagged `parameters`")
-    verb.add_argument("--recipe", metavar="R", help="YAML file with settings; default: the one the notebook names")
     verb.add_argument(
-        "--set",
-        metavar="a.b=c",
-        action="extend",
-        nargs="+",
-        default=[],
-        help="change a setting, for instance train.max_steps=60; the value is read as YAML",
+        "--recipe",
+        metavar="R",
+        action="append",
+        help="YAML file with settings; given again it goes on top (params/gpu/16gb.yaml); default: the one the notebook names",
     )
+    add_set(verb)
     verb.add_argument("--name", metavar="N", help="the run's name, its folder below runs/; default: the time")
+
+    verb = verbs.add_parser(
+        "plan",
+        help="show which layers a recipe trains and the memory it needs",
+        description="Show which layers learn and the memory a step needs, without weights or a GPU.",
+        epilog="example: forgekit plan params/text.yaml params/gpu/16gb.yaml --set adapter.layers=[attention]",
+    )
+    verb.add_argument("recipe", metavar="RECIPE", nargs="+", help="YAML file with settings; further ones go on top")
+    add_set(verb)
 
     verb = verbs.add_parser(
         "doctor",
@@ -66,6 +73,18 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_set(verb: argparse.ArgumentParser) -> None:
+    """Give a verb the option that changes settings."""
+    verb.add_argument(
+        "--set",
+        metavar="a.b=c",
+        action="extend",
+        nargs="+",
+        default=[],
+        help="change a setting, for instance train.max_steps=60; the value is read as YAML",
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     # `lab` hands everything on, options too, which argparse would keep for itself
@@ -73,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] == ["lab"] and arguments[1:2] not in (["-h"], ["--help"]):
         return start_lab(arguments[1:])
     options = make_parser().parse_args(arguments)
-    verbs = {"init": init, "run": run, "doctor": doctor}
+    verbs = {"init": init, "run": run, "plan": plan, "doctor": doctor}
     try:
         return verbs[options.verb](options)
     except ConfigError as error:
@@ -105,9 +124,26 @@ def run(options: argparse.Namespace) -> int:
     from .runs.headless import run_notebook
     from .runs.summary import print_summary
 
-    finished = run_notebook(options.notebook, options.recipe, read_assignments(options.set), options.name)
+    finished = run_notebook(
+        options.notebook, " + ".join(options.recipe or []) or None, read_assignments(options.set), options.name
+    )
     print_summary(finished)
     return {"completed": 0, "stopped": INTERRUPTED}.get(finished.record["state"], FAILED)
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Print what would learn, and the memory it needs."""
+    from .adapter.advice import advise_cards
+    from .adapter.memory import estimate_memory
+    from .adapter.plan import find_shapes, plan_layers
+    from .config import load_config
+
+    config = load_config(" + ".join(options.recipe), read_assignments(options.set), origin="--set")
+    shapes = find_shapes(config)
+    layers = plan_layers(config, shapes)
+    print(layers)
+    print(f"\n{estimate_memory(layers, config, shapes)}\n\n{advise_cards(config, shapes).to_string(index=False)}")
+    return 0
 
 
 def read_assignments(assignments: list[str]) -> dict[str, Any]:

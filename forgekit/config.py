@@ -1,19 +1,19 @@
 """A recipe (YAML) and later settings become one checked, frozen Config that remembers where each value came from.
 
-default < recipe < notebook < --set < panel          the stronger one wins; None inherits
+default < recipe < recipe on top (params/gpu) < notebook < --set < panel      the stronger one wins; None inherits
 """
 
-import difflib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import PrivateAttr, ValidationError
 
+from .conflicts import find_conflicts, suggest
 from .errors import ConfigError
-from .recipe import find_recipe, parse_yaml, read_recipe
+from .recipe import find_recipes, parse_yaml, read_recipe
 from .settings import Adapter, Data, Evaluate, Export, Model, Section, Train
 
 if TYPE_CHECKING:
@@ -32,24 +32,29 @@ class Config(Section):
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
-    _recipe: Path | None = PrivateAttr(default=None)
+    _recipes: tuple[Path, ...] = PrivateAttr(default=())
 
     @property
     def recipe(self) -> Path | None:
-        """The recipe's file, or None when there was none."""
-        return self._recipe
+        """The recipe's file, the first where there are several, or None when there was none."""
+        return self._recipes[0] if self._recipes else None
+
+    @property
+    def recipes(self) -> str:
+        """All recipes as `load_config` takes them: paths joined by " + ", or "" when there was none."""
+        return " + ".join(map(str, self._recipes))
 
     def origin(self, name: str) -> str:
         """Say where the value of a dotted name came from: "default", the recipe's file name, "notebook", "--set", ..."""
         return self._origins.get(name, "default")
 
-    def change(self, settings: Settings, origin: str = "notebook") -> Self:
-        """Return a new Config with some dotted names changed, checked again as a whole."""
+    def change(self, settings: Settings, origin: str = "notebook", without: Collection[str] = ()) -> Self:
+        """Return a new Config with some dotted names changed and those in `without` back at their defaults, checked as a whole."""
         layers = [
             (self._origins.get(name, "default"), {name: value}) for name, value in flatten(self.model_dump()).items()
         ]
-        layers = [layer for layer in layers if layer[0] != "default"]
-        return type(self)._build([*layers, (origin, read_settings(settings))], self._recipe)
+        layers = [layer for layer in layers if layer[0] != "default" and not layer[1].keys() & set(without)]
+        return type(self)._build([*layers, (origin, read_settings(settings))], self._recipes)
 
     def table(self, changed: bool = True) -> "pandas.DataFrame":
         """Return the settings as a table (setting, value, origin, help); `changed` keeps those that differ from the defaults."""
@@ -66,7 +71,7 @@ class Config(Section):
         return Table(pandas.DataFrame(rows, columns=["setting", "value", "from", "meaning"]).set_index("setting"))
 
     @classmethod
-    def _build(cls, layers: Iterable[tuple[str, dict[str, Any]]], recipe: Path | None) -> Self:
+    def _build(cls, layers: Iterable[tuple[str, dict[str, Any]]], recipes: tuple[Path, ...]) -> Self:
         """Merge layers of dotted names, weakest first, and check them all; every problem is reported at once."""
         values: dict[str, Any] = {}
         origins: dict[str, str] = {}
@@ -83,12 +88,12 @@ class Config(Section):
                     values[name], origins[name] = value, origin
         try:
             config = cls.model_validate(nest(values))
+            config._origins, config._recipes = origins, recipes
             problems += find_conflicts(config)
         except ValidationError as error:
             problems += [explain(problem, values, origins) for problem in error.errors()]
         if problems:
             raise ConfigError(sorted(set(problems)))
-        config._origins, config._recipe = origins, recipe
         return config
 
 
@@ -101,14 +106,20 @@ SECTIONS: dict[str, type[Section]] = {
     "export": Export,
 }
 NAMES = [f"{section}.{name}" for section, fields in SECTIONS.items() for name in fields.model_fields]
-GROUPS = ("attention", "mlp", "vision", "vision_tower", "audio")
+# settings that are mappings themselves, such as adapter.rank_pattern
+MAPPINGS = [
+    name
+    for name in NAMES
+    if isinstance(SECTIONS[name.partition(".")[0]].model_fields[name.partition(".")[2]].default, dict)
+]
 
 
 def load_config(recipe: str | Path | None = None, settings: Settings = None, origin: str | None = None) -> Config:
     """Read a recipe, put `settings` (dotted names, or their JSON / YAML text) on top, and check everything at once.
 
     Args:
-        recipe: a YAML file; looked for in the current folder and up to two folders above it. None: defaults alone.
+        recipe: a YAML file; looked for in the current folder and up to two folders above it. Several are joined by " + ":
+            "params/text.yaml + params/gpu/16gb.yaml"; a later one is stronger. None: defaults alone.
         settings: for instance {"train.max_steps": 60}; a nested mapping does too.
         origin: what the settings are called in tables; "--set" under `forgekit run`, else "notebook".
 
@@ -120,10 +131,10 @@ def load_config(recipe: str | Path | None = None, settings: Settings = None, ori
         raise ConfigError(
             f"recipe is {recipe!r}: it must be the name of a YAML file, for instance params/text_quick.yaml."
         )
-    path = find_recipe(recipe) if recipe else None
-    layers = [(path.name, flatten(read_recipe(path)))] if path else []
+    paths = find_recipes(recipe) if recipe else []
+    layers = [(path.name, flatten(read_recipe(path))) for path in paths]
     origin = origin or ("--set" if os.environ.get("FORGEKIT_RUN") else "notebook")
-    return Config._build([*layers, (origin, read_settings(settings))], path)
+    return Config._build([*layers, (origin, read_settings(settings))], tuple(paths))
 
 
 def read_settings(settings: Settings) -> dict[str, Any]:
@@ -140,7 +151,7 @@ def flatten(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and (value or name in SECTIONS):
+        if isinstance(value, Mapping) and name not in MAPPINGS and (value or name in SECTIONS):
             inner = flatten(value, f"{name}.")
         else:
             inner = {} if value is None and name in SECTIONS else {name: value}
@@ -165,24 +176,6 @@ def first_name(section: str) -> str:
     return next(name for name in NAMES if name.startswith(f"{section}."))
 
 
-def suggest(name: str, known: Sequence[str]) -> str:
-    """Return " Did you mean ...?" with the nearest known name, or nothing.
-
-    The last part of a dotted name decides: max_steps -> train.max_steps, train.batch_size -> train.per_device_train_batch_size.
-    """
-    section, _, last = name.rpartition(".")
-    here = [k for k in known if section and k.startswith(f"{section}.")]
-    lasts = {k.rpartition(".")[2]: k for k in [*known, *here]}  # the same section wins
-    own = {k.rpartition(".")[2]: k for k in here}
-    nearest = (
-        [k for k in lasts if k == last]
-        or [k for names in (own, lasts) for k in names if len(last) > 3 and last in k]
-        or difflib.get_close_matches(last, own, 1, 0.6)
-        or difflib.get_close_matches(last, lasts, 1, 0.75)
-    )
-    return f" Did you mean {lasts[nearest[0]]}?" if nearest else ""
-
-
 PLAIN_WORDS = {  # pydantic's -> ours
     "a valid integer": "a whole number",
     "a valid number": "a number",
@@ -201,46 +194,6 @@ def explain(problem: Any, values: Mapping[str, Any], origins: Mapping[str, str])
     text = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     text = PLAIN_WORDS.get(text, text)
     return f"{name} is {json.dumps(value, default=str)} (from {origins.get(name, 'default')}): it should be {text}. Meaning: {help}."
-
-
-def find_conflicts(config: Config) -> list[str]:
-    """Return a sentence for every setting that does not go with another one."""
-    problems = [
-        f"adapter.layers: {group!r} is no group of layers.{suggest(group, GROUPS)} There are: {', '.join(GROUPS)}."
-        for group in config.adapter.layers
-        if group not in GROUPS
-    ]
-    if not config.adapter.layers:
-        problems.append(f"adapter.layers is empty, so nothing would learn. Name at least one of: {', '.join(GROUPS)}.")
-    if config.train.early_stopping and not config.train.eval_steps:
-        problems.append("train.early_stopping needs scores during training: set train.eval_steps too.")
-    if config.train.eval_steps and config.data.validation is None:
-        problems.append(
-            "train.eval_steps needs rows to score: set data.validation (a file, a number of rows, or a share)."
-        )
-    if config.train.eval_steps and config.train.save_steps and config.train.save_steps % config.train.eval_steps:
-        problems.append(
-            f"train.save_steps ({config.train.save_steps}) must be a multiple of train.eval_steps ({config.train.eval_steps}), "
-            "so that the best checkpoint is one that was scored."
-        )
-    if config.train.max_steps == 0:
-        problems.append(
-            "train.max_steps is 0, so nothing would be learned. Set a number of steps, or -1 for num_train_epochs."
-        )
-    if config.adapter.path and config.model.load_in == "full":
-        problems.append(
-            "adapter.path continues an adapter, and model.load_in: full has none. Set load_in to 16bit or 4bit."
-        )
-    if not config.export.formats:
-        problems.append(
-            "export.formats is empty, so nothing of the training would be kept. Name adapter, merged or both."
-        )
-    if "adapter" in config.export.formats and config.model.load_in == "full":
-        problems.append(
-            "export.formats asks for adapter, and model.load_in: full trains the weights themselves, without one. "
-            "Set export.formats: [merged]."
-        )
-    return problems
 
 
 PARAMETERS = ("recipe", "settings", "run_name")

@@ -34,6 +34,12 @@ def find_recipe(recipe: str | Path, folder: Path | None = None) -> Path:
     raise ConfigError(f"recipe {str(recipe)!r}: no such file in {here} or the two folders above it.{hint}")
 
 
+def find_recipes(recipe: str | Path, folder: Path | None = None) -> list[Path]:
+    """Return the paths of one recipe or of several, "params/text.yaml + params/gpu/16gb.yaml"; a later one is stronger."""
+    names = re.split(r"\s+\+\s+", recipe) if isinstance(recipe, str) else [recipe]
+    return [find_recipe(name, folder) for name in names]
+
+
 YAML_1_1 = ("bool", "float", "int", "timestamp")  # kinds whose spelling in YAML 1.1 surprises people
 
 

@@ -2,6 +2,7 @@
 
 runs/<name>/
   run.json      settings with origins, versions, adapter, scores, exports; state: running | completed | failed | stopped
+  plan.json     which modules learn, with ranks and numbers of parameters
   status.json   while training: step, total_steps, epoch, loss, learning_rate, eta_seconds, ...
   notebook.ipynb  notebook.html   under `forgekit run`
   checkpoints/  models/lora  models/merged  logs/training.log  logs/metrics.jsonl
@@ -166,7 +167,7 @@ def start_run(config: "Config", name: str | int | None = None, inside: Run | Non
     try:
         path.mkdir(parents=True, exist_ok=True)
         run = Run(path, record, lock_folder(path))
-        run.update(recipe=str(config.recipe or ""), settings=describe_settings(config), versions=find_versions())
+        run.update(recipe=config.recipes, settings=describe_settings(config), versions=find_versions())
     except OSError as error:
         raise RunError(
             f"the run's folder {path} cannot be written: {error.strerror}. Set FORGEKIT_RUNS to a folder that can."

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from .layer_groups import LAYERS_HELP, check_layers, describe_groups
+
 Switch = Annotated[  # YAML 1.1 and Python say true and false where a recipe says on and off
     Literal["auto", "on", "off"], BeforeValidator(lambda value: {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value)
 ]  # fmt: skip
@@ -21,6 +23,15 @@ def check_part(value: Any) -> Any:
     if value is None or isinstance(value, str) or whole or (isinstance(value, float) and 0 < value < 1):
         return value
     raise ValueError("a number of rows from 1, a share between 0 and 1, or the name of a file or Hub split")
+
+
+def check_targets(value: Any) -> Any:
+    """Return `target_modules` as PEFT takes it, unchangeable: text, a tuple of names, or None."""
+    if value is None or (isinstance(value, str) and value.strip()):
+        return value
+    if isinstance(value, list | tuple) and value and all(isinstance(name, str) and name for name in value):
+        return tuple(value)
+    raise ValueError("a regular expression, a list of module names such as [q_proj, v_proj], or all-linear")
 
 
 Part = Annotated[int | float | str | None, BeforeValidator(check_part)]
@@ -121,15 +132,30 @@ class Model(Section):
 class Adapter(Section):
     """What learns: the low-rank matrices beside the chosen layers."""
 
-    layers: Names = setting(
-        ("attention", "mlp"),
-        "groups that learn: attention, mlp (language model), vision (the projection of pictures), vision_tower (its convolutions), audio",
+    layers: Names = setting(("attention", "mlp"), describe_groups())
+    layers_to_transform: Annotated[str | None, BeforeValidator(check_layers)] = setting(None, LAYERS_HELP)
+    target_modules: Annotated[Any, BeforeValidator(check_targets)] = setting(
+        None,
+        "for experts, instead of layers: a regular expression of whole module names, a list of names, or all-linear",
     )
     r: int = setting(16, "rank of the added matrices: 8, 16, 32, 64; more learns more and costs memory", ge=1, le=1024)
     lora_alpha: float = setting(16, "scale of the adapter: its output is multiplied by lora_alpha / r", gt=0)
     lora_dropout: float = setting(0.0, "share of the adapter's inputs dropped while training", ge=0, lt=1)
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1024)]] = setting(
+        {}, "another r for some: {group, or regular expression of module names: rank}"
+    )
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = setting(
+        {}, "another lora_alpha for some, in the same way"
+    )
     use_rslora: bool = setting(False, "scale by lora_alpha / sqrt(r), steadier at high rank")
     use_dora: bool = setting(False, "learn a magnitude beside the direction: slower, sometimes better at low rank")
+    bias: Literal["none", "all", "lora_only"] = setting(
+        "none", "biases that learn: none, all of the model's, or those of the adapted modules"
+    )
+    modules_to_save: Names = setting(
+        (),
+        "ends of names of modules that learn with all their weights beside the adapter, for instance altup.prediction_coefs",
+    )
     path: str | None = setting(
         None, "folder of an adapter to go on from; r, lora_alpha and layers must be the ones it was made with"
     )
@@ -143,6 +169,9 @@ class Train(Section):
     per_device_train_batch_size: int = setting(2, "rows in one forward pass", ge=1)
     gradient_accumulation_steps: int = setting(4, "forward passes added up before one optimiser step", ge=1)
     learning_rate: float = setting(2e-4, "peak step size; lower it when the loss does not fall", gt=0, le=1)
+    learning_rate_pattern: dict[str, Annotated[float, Field(gt=0)]] = setting(
+        {}, "a factor on learning_rate for some groups, for instance {vision: 0.1}"
+    )
     warmup_steps: float = setting(5, "steps until the peak; below 1 it is a share of all steps", ge=0)
     max_steps: int | None = setting(
         None, "stop after so many optimiser steps, whatever num_train_epochs says; -1: no such limit", ge=-1

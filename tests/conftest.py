@@ -58,6 +58,12 @@ def project_folder() -> Path:
     return Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(scope="session")
+def browser_path() -> str:
+    """The first browser that is installed; tests marked browser run only where there is one."""
+    return next(path for name in BROWSERS if (path := shutil.which(name)))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Fixtures of the other tests
 # ---------------------------------------------------------------------------------------------------------------------

@@ -464,3 +464,12 @@ def test_files_are_those_of_the_folder_one_stands_in(given: dict, own_folder: Pa
         "adapter.path": str(own_folder / "lora"),
         "model.id": "some/model",
     }
+
+
+def test_plan_shows_layers_and_memory_without_weights(project_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipes = [str(project_folder / "params" / name) for name in ("text.yaml", "gpu/16gb.yaml")]
+    assert main(["plan", *recipes, "--set", "adapter.layers=[attention]", "adapter.layers_to_transform=last 4"]) == 0
+    printed = capsys.readouterr().out
+    assert "sizes from the released sizes of Gemma 3n E2B" in printed
+    assert "attention  26-29        8" in printed and "length 2048" in printed and "T4 15 GB" in printed
+    assert main(["plan", recipes[0], "--set", "adapter.layers_to_transform=99"]) == 2

@@ -309,7 +309,7 @@ def test_conflicts_are_reported_beside_unknown_names() -> None:
         ("train.batch_size", "train.per_device_train_batch_size"),
         ("train.gradient_accumulation", "train.gradient_accumulation_steps"),
         ("adapter.alpha", "adapter.lora_alpha"),
-        ("adapter.target_modules", None),
+        ("adapter.flavour", None),
         ("zebra", None),
     ],
 )

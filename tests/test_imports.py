@@ -13,23 +13,41 @@ import pytest
 # A module imports from its own tier and from those above it in this list, never from one below.
 TIERS = (
     ("errors",),
-    ("environment", "settings", "recipe", "run_folder", "table", "config", "hardware"),
+    ("layer_groups", "conflicts", "environment", "settings", "recipe", "run_folder", "table", "config", "hardware"),
     ("data",),
     ("model",),
     ("adapter",),
     ("evaluate",),
     ("train",),
     ("export",),
-    ("runs", "project", "doctor"),
+    ("panels", "runs", "project", "doctor"),
     ("__main__",),
 )
 RANKS = {name: rank for rank, names in enumerate(TIERS) for name in names}
 CONTENTS = "__init__"  # forgekit/__init__.py names everything and is imported by the command alone
 
-HEAVY = {"torch", "transformers", "trl", "peft", "unsloth", "unsloth_zoo", "datasets", "timm", "matplotlib", "pandas"}
-# subclasses of transformers', pandas' and torch's own classes, and the code that makes the built-in model
+HEAVY = {
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "unsloth",
+    "unsloth_zoo",
+    "datasets",
+    "timm",
+    "matplotlib",
+    "pandas",
+    "ipywidgets",
+}
+# the layer panel's widgets, subclasses of transformers' and pandas' own classes, and the code that makes the built-in model
 MAY_BE_HEAVY = (
-    *("train/callbacks.py", "table.py", "model/tiny*.py", "model/timm_args.py"),
+    "panels/layer_*.py",
+    "train/callbacks.py",
+    "train/stop.py",
+    "train/progress.py",
+    "table.py",
+    "model/tiny*.py",
+    "model/timm_args.py",
     *(
         f"train/{name}.py"
         for name in (

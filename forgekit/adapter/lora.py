@@ -5,73 +5,67 @@ own, so a model with 30 layers of which 10 share has 30 q and 20 k.
 """
 
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config
 from ..errors import ConfigError, ModelError
+from ..layer_groups import TOWERS, find_tower
 from ..model.load import choose_unsloth_checkpointing, start_engine
+from ..model.shapes import count_weights, read_shapes
+from ..run_folder import Run, write_text
+from .choose import list_saved, write_pattern, write_targets
+from .plan import check_described, check_learner, name_module, plan_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# group -> names of the modules it stands for, behind any prefix
-GROUPS = {
-    "attention": r"layers\.\d+\.self_attn\.(?:q|k|v|o)_proj",
-    "mlp": r"layers\.\d+\.mlp\.(?:gate|up|down)_proj",
-    # MobileNetV5 consists of convolutions, so Linear-only LoRA reaches one module of the picture side: its projection
-    "vision": r"embed_vision\.embedding_projection",
-    # its plain convolutions; the grouped ones (depth-wise) need a rank that their groups divide and cannot be merged
-    "vision_tower": r"vision_tower\..*\.(?:conv_exp|conv_pwl|(?:pw_exp|pw_proj)\.conv|(?:query|key|value|output)\.proj)",
-    "audio": r"(?:audio_tower\..*(?:ffw_layer_1|ffw_layer_2|q_proj|k_proj|v_proj|pos_proj|post|linear_start|linear_end|input_proj_linear)|embed_audio\.embedding_projection)",
-}
-TOWERS = {"vision": ("vision_tower", "embed_vision"), "audio": ("audio_tower", "embed_audio")}
 
-
-def write_target_regex(layers: tuple[str, ...]) -> str:
-    """Return the regular expression that PEFT matches whole module names with."""
-    return rf"(?:.*\.)?(?:{'|'.join(GROUPS[group] for group in layers)})"
-
-
-def check_groups(model: "PreTrainedModel", layers: tuple[str, ...]) -> None:
-    """Raise ConfigError for a group that this model has no module of."""
-    names = [name for name, _ in model.named_modules()]
-    for group in layers:
-        if not any(re.fullmatch(write_target_regex((group,)), name) for name in names):
-            raise ConfigError(
-                f"adapter.layers: {group!r} matches no module of {type(model).__name__}, so it would learn nothing. Leave it out."
-            )
-
-
-def add_adapter(model: "PreTrainedModel", config: Config) -> Any:
-    """Make `adapter.layers` learn, and print how much that is, tower by tower.
+def add_adapter(model: "PreTrainedModel", config: Config, run: Run | None = None) -> Any:
+    """Make the chosen layers learn exactly as `plan_layers` says, and print how much that is, tower by tower.
 
     Returns a `peft.PeftModel` around the model; with `load_in: full` the model itself, its language part unfrozen.
-    The matrices start from `train.seed`, or from the weights in `adapter.path`.
+    The matrices start from `train.seed`, or from the weights in `adapter.path`. With a run, its folder gets plan.json.
 
     Raises:
-        ConfigError: a group matches nothing, or the adapter in `adapter.path` was made with other settings.
+        ConfigError: a choice that cannot learn, or the adapter in `adapter.path` was made with other settings.
+        ModelError: other modules learn than the plan says.
     """
     engine = start_engine(config)
-    check_groups(model, config.adapter.layers)
+    plan = plan_layers(config, model)
+    check_described(config, model)
+    if run:
+        write_text(run.path / "plan.json", plan.to_json() + "\n")
     if config.model.load_in == "full":
         learner = unfreeze_language(model)
     elif engine == "unsloth":
         learner = add_unsloth_adapter(model, config)
     else:
         learner = add_peft_adapter(model, config)
+    check_learner(plan, learner)
     if config.adapter.path:
         load_adapter_weights(learner, Path(config.adapter.path))
     print_trainable(learner)
+    for note in plan.notes:
+        print(f"Note: {note}")
     return learner
 
 
-def describe_lora(config: Config) -> dict[str, Any]:
+def describe_lora(model: "PreTrainedModel", config: Config) -> dict[str, Any]:
     """Return the adapter's settings under the names that PEFT and Unsloth share."""
-    names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
+    names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias")
     shared = {name: getattr(config.adapter, name) for name in names}
-    return {**shared, "target_modules": write_target_regex(config.adapter.layers), "bias": "none"}
+    for name in ("rank_pattern", "alpha_pattern"):
+        shared[name] = {write_pattern(key): value for key, value in getattr(config.adapter, name).items()}
+    shapes, saved = read_shapes(model), list_saved(config)
+    tied = shapes.tied and any(name.endswith("embed_tokens") for name in saved)
+    return {
+        **shared,
+        # PEFT takes an empty list as "no module", which it allows when modules_to_save names some
+        "target_modules": write_targets(config, shapes) or [],
+        "modules_to_save": saved or None,
+        "ensure_weight_tying": tied,
+    }
 
 
 def add_peft_adapter(model: "PreTrainedModel", config: Config) -> Any:
@@ -80,7 +74,7 @@ def add_peft_adapter(model: "PreTrainedModel", config: Config) -> Any:
     from transformers import set_seed
 
     set_seed(config.train.seed)
-    return get_peft_model(model, LoraConfig(**describe_lora(config), task_type="CAUSAL_LM"))
+    return get_peft_model(model, LoraConfig(**describe_lora(model, config), task_type="CAUSAL_LM"))
 
 
 def add_unsloth_adapter(model: "PreTrainedModel", config: Config) -> Any:
@@ -92,7 +86,7 @@ def add_unsloth_adapter(model: "PreTrainedModel", config: Config) -> Any:
 
     return FastModel.get_peft_model(
         model,
-        **describe_lora(config),
+        **describe_lora(model, config),
         random_state=config.train.seed,
         use_gradient_checkpointing=choose_unsloth_checkpointing(config),
     )
@@ -100,9 +94,8 @@ def add_unsloth_adapter(model: "PreTrainedModel", config: Config) -> Any:
 
 def unfreeze_language(model: "PreTrainedModel") -> "PreTrainedModel":
     """Make every weight of the language model learn and freeze the towers."""
-    towers = sum(TOWERS.values(), ())
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not any(tower in name for tower in towers))
+        parameter.requires_grad_(find_tower(name) == "language")
     return model
 
 
@@ -139,15 +132,14 @@ def count_trainable(model: Any) -> dict[str, dict[str, int]]:
     A 4-bit weight counts as the parameters it stands for, two a byte. The vision and audio projections into the language
     model count with their tower.
     """
-    counts = {tower: {"modules": 0, "trainable": 0, "total": 0} for tower in ("language", *TOWERS)}
+    counts = {tower: {"modules": 0, "trainable": 0, "total": 0} for tower in TOWERS}
     modules: set[tuple[str, str]] = set()
     for name, parameter in model.named_parameters():
-        tower = next((tower for tower, parts in TOWERS.items() if any(part in name for part in parts)), "language")
-        packed = 2 if parameter.dtype.itemsize == 1 and type(parameter).__name__ == "Params4bit" else 1
-        counts[tower]["total"] += parameter.numel() * packed * ("lora_" not in name)
+        tower = find_tower(name)
+        counts[tower]["total"] += count_weights(parameter) * ("lora_" not in name and "modules_to_save" not in name)
         if parameter.requires_grad:
             counts[tower]["trainable"] += parameter.numel()
-            modules.add((tower, re.split(r"\.lora_|\.weight$|\.bias$", name)[0]))
+            modules.add((tower, name_module(name)))
     for tower, _ in modules:
         counts[tower]["modules"] += 1
     return counts

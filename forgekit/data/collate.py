@@ -10,6 +10,7 @@ the processor would do it, so that rows can be measured without decoding twice.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,15 +55,21 @@ def get_tokenizer(processor: Any) -> Any:
     return getattr(processor, "tokenizer", processor)
 
 
+def render_chats(chats: list[Messages], processor: Any, answer: bool = True) -> list[str]:
+    """Write chats through the model's chat template; without `answer` the last turn is left off and the model's begun."""
+    shapes = [[find_shape(turn) for turn in (chat if answer else chat[:-1])] for chat in chats]
+    return processor.apply_chat_template(shapes, tokenize=False, add_generation_prompt=not answer)
+
+
+def find_shape(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the template needs of a turn: which parts there are. It would look at values for addresses to fetch."""
+    parts = [{key: part[key] for key in ("type", "text") if key in part} for part in turn["content"]]
+    return {"role": turn["role"], "content": parts}
+
+
 def render_chat(messages: Messages, processor: Any, answer: bool = True) -> str:
-    """Write turns through the model's chat template; without `answer` the last turn is left off and the model's begun."""
-    turns = messages if answer else messages[:-1]
-    # the template needs to know which parts there are; their values would only be looked at for addresses to fetch
-    shape = [
-        {"role": turn["role"], "content": [{key: part[key] for key in ("type", "text") if key in part} for part in turn["content"]]}
-        for turn in turns
-    ]  # fmt: skip
-    return processor.apply_chat_template(shape, tokenize=False, add_generation_prompt=not answer)
+    """Write one chat, as `render_chats` does."""
+    return render_chats([messages], processor, answer)[0]
 
 
 def write_sequences(text: str, processor: Any) -> str:
@@ -75,7 +82,7 @@ def write_sequences(text: str, processor: Any) -> str:
 
 def tokenize_texts(chats: list[Messages], processor: Any, answer: bool = True, **padding: Any) -> dict[str, Any]:
     """Turn chats into input_ids and attention_mask; the template has written <bos>, so none is added."""
-    texts = [write_sequences(render_chat(messages, processor, answer), processor) for messages in chats]
+    texts = [write_sequences(text, processor) for text in render_chats(chats, processor, answer)]
     tokenizer = get_tokenizer(processor)
     return dict(tokenizer(texts, add_special_tokens=False, return_token_type_ids=False, **padding))
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..data.collate import TURN_END, get_tokenizer, tokenize_chats
@@ -78,7 +78,7 @@ def generate_answer(
     temperature: float = 1.0,
     top_p: float = 0.95,
     top_k: int = 64,
-    stream: bool = True,
+    stream: bool | Callable[[str], None] = True,
     seed: int | None = None,
 ) -> str:
     """Answer one question, printing the words as they come.
@@ -86,6 +86,8 @@ def generate_answer(
     Args:
         question: text, or the turns so far, the last one the user's.
         temperature, top_p, top_k: sampling as Google recommends for Gemma 3n; temperature 0 is greedy.
+        stream: print; or a function that is given each new piece of text, also an empty one with each token. What it
+            raises ends the answer.
         seed: makes the draw repeatable.
 
     Returns the whole answer, trimmed.
@@ -100,6 +102,9 @@ def generate_answer(
     )
     if stream:
         sampling["streamer"] = TextStreamer(get_tokenizer(processor), skip_prompt=True, skip_special_tokens=True)
+    if callable(stream):
+        show = stream
+        sampling["streamer"].on_finalized_text = lambda text, stream_end=False: show(text)
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)

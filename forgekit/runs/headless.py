@@ -13,7 +13,7 @@ from typing import Any
 from ..config import PARAMETERS, load_config, read_settings
 from ..environment import set_environment
 from ..errors import ConfigError, RunError
-from ..recipe import find_recipe
+from ..recipe import find_recipes
 from ..run_folder import DONE, Run, check_name, check_unused, find_run_root, now, read_json, write_text
 
 
@@ -34,7 +34,7 @@ def run_notebook(notebook: Path, recipe: str | None, settings: Mapping[str, Any]
     set_environment()
     parameters = find_parameters(notebook)
     if not recipe and parameters["recipe"]:
-        recipe = str(find_recipe(parameters["recipe"], notebook.parent))
+        recipe = " + ".join(map(str, find_recipes(parameters["recipe"], notebook.parent)))
     settings = find_here(settings)
     own = load_config(recipe, parameters["settings"], origin="notebook")
     config = own.change(settings, "--set")
@@ -42,7 +42,7 @@ def run_notebook(notebook: Path, recipe: str | None, settings: Mapping[str, Any]
     path = find_run_root(config.recipe) / name
     check_unused(path)
     together = read_settings(parameters["settings"]) | settings  # papermill replaces the notebook's own
-    given = {"recipe": str(config.recipe or ""), "settings": together, "run_name": name}
+    given = {"recipe": config.recipes, "settings": together, "run_name": name}
     run = Run(path, {"name": name, "state": "running", "pid": os.getpid(), "started_at": now()})
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def run_notebook(notebook: Path, recipe: str | None, settings: Mapping[str, Any]
         raise RunError(
             f"the run's folder {path} cannot be written: {error.strerror}. Set FORGEKIT_RUNS to a folder that can."
         ) from None
-    print(f"Run {name}: {notebook.name}, recipe {config.recipe or 'none'}\n        {path}", flush=True)
+    print(f"Run {name}: {notebook.name}, recipe {config.recipes or 'none'}\n        {path}", flush=True)
     print("Starting the kernel; the libraries take some seconds to import.", flush=True)
     state: str = "failed"
     failure: str | None = "the notebook could not be executed"

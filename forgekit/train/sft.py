@@ -4,16 +4,18 @@ import functools
 import sys
 from typing import TYPE_CHECKING, Any
 
+from ..adapter.plan import TOWER_KINDS, LayerPlan, check_plan_against_data, plan_layers
 from ..config import Config
 from ..data.collate import Collator
 from ..errors import ConfigError
 from ..hardware import choose_device
 from ..model.load import start_engine
-from ..run_folder import Run
+from ..run_folder import Run, describe_settings, write_text
+from .learning_rates import scale_learning_rates
 from .speed import train_fast, weigh_tokens_alike
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
+    from datasets import Dataset, DatasetDict
     from trl import SFTConfig, SFTTrainer
 
 
@@ -27,6 +29,9 @@ CHECKPOINTING = {"use_reentrant": False}
 def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config, run: Run) -> "SFTTrainer":
     """Return TRL's SFTTrainer, ready for `.train()`: our collator, held-out loss, checkpoints, log, status and curve.
 
+    An interrupt (Ctrl-C, the notebook's Interrupt) ends the optimiser step, saves a checkpoint and lets `.train()` return;
+    a second one ends it at once, by KeyboardInterrupt.
+
     Args:
         model: from `add_adapter`.
         data: from `load_data`; "validation" is scored every `train.eval_steps`.
@@ -36,12 +41,18 @@ def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config,
     the loss is no longer finite.
     """
     engine = start_engine(config)
+    plan = plan_layers(config, model.config)
+    check_towers(plan, data["train"])
+    write_text(run.path / "plan.json", plan.to_json() + "\n")
+    run.update(settings=describe_settings(config))  # a panel may have changed them since the run was started
     from transformers import EarlyStoppingCallback
 
     from .callbacks import LiveCurve, RunLog, StatusFile  # they subclass transformers' own, so the engine comes first
+    from .stop import StopSwitch
 
-    status = StatusFile(run, config.train.status_file)
-    callbacks: list[Any] = [RunLog(run), status]
+    log, status = RunLog(run), StatusFile(run, config.train.status_file)
+    switch = StopSwitch(run, log.write)
+    callbacks: list[Any] = [log, status, switch]
     if in_notebook():
         callbacks.append(LiveCurve())
     if config.train.early_stopping:
@@ -58,21 +69,36 @@ def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config,
     # seen to hold on plain transformers and for Unsloth on a CPU; on a GPU Unsloth compiles a loss of its own and decides
     if engine == "huggingface" or choose_device(config) == "cpu":
         weigh_tokens_alike(trainer)
+    scale_learning_rates(trainer, config.train.learning_rate_pattern)
     remove_default_output(trainer)
     if config.train.fast != "off":
         train_fast(trainer, config, run)
-    report_failure(trainer, status)
+    guard_training(trainer, status, switch)
     return trainer
 
 
-def report_failure(trainer: Any, status: Any) -> None:
-    """Let `trainer.train` tell status.json when it ends by an error, Ctrl-C included, before the error goes on."""
+def check_towers(plan: LayerPlan, rows: "Dataset") -> None:
+    """Raise ConfigError when a tower learns and no row holds a part of its kind; rows are read until each is seen."""
+    wanted = {kind for total in plan.totals if total.modules for kind in TOWER_KINDS.get(total.tower, ())[:1]}
+    kinds: set[str] = set()
+    for row in rows if wanted else ():
+        kinds |= {part["type"] for message in row["messages"] for part in message["content"]}
+        if kinds >= wanted:
+            break
+    check_plan_against_data(plan, kinds)
+
+
+def guard_training(trainer: Any, status: Any, switch: Any) -> None:
+    """Let `trainer.train` end its step when it is interrupted, and tell status.json of an error before the error goes on."""
+    from .stop import catch_interrupt
+
     train = trainer.train
 
     @functools.wraps(train)
     def train_and_report(*args: Any, **kwargs: Any) -> Any:
         try:
-            return train(*args, **kwargs)
+            with catch_interrupt(switch):
+                return train(*args, **kwargs)
         except BaseException as error:
             status.fail(error)
             raise

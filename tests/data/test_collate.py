@@ -180,8 +180,8 @@ class DoubleBos:
     def __init__(self, processor: Any):
         self.processor, self.tokenizer = processor, processor.tokenizer
 
-    def apply_chat_template(self, *turns: Any, **settings: Any) -> str:
-        return self.tokenizer.bos_token + self.processor.apply_chat_template(*turns, **settings)
+    def apply_chat_template(self, *chats: Any, **settings: Any) -> list[str]:
+        return [self.tokenizer.bos_token + text for text in self.processor.apply_chat_template(*chats, **settings)]
 
 
 def test_every_row_has_exactly_one_bos_and_a_second_one_is_refused(processor: Any) -> None:

@@ -66,7 +66,7 @@ def find_output(finished: Finished, call: str, kind: str = "text/html") -> str:
 @pytest.mark.parametrize(("kind", "medium"), [("vision", "<img"), ("audio", "<audio")])
 def test_five_answers_are_shown_with_what_was_asked(kind: str, medium: str, request: pytest.FixtureRequest) -> None:
     finished = get_run(kind, request)
-    shown = find_output(finished, "fk.show_answers")
+    shown = find_output(finished, "fk.ComparePanel")
     assert shown.count(medium) == 5
     before, after = finished.read("metrics/baseline.json")["rows"], finished.read("metrics/scores.json")["rows"]
     cells = [re.sub("<[^>]*>", "", cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", shown, re.S)]

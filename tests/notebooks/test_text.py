@@ -18,7 +18,7 @@ from .conftest import Finished, collect_cells, find_differences, run_notebook
 
 NOTEBOOK = "notebooks/01_text.ipynb"
 LAYOUT = """
-run.json status.json notebook.ipynb notebook.html
+run.json plan.json status.json notebook.ipynb notebook.html
 logs/training.log logs/metrics.jsonl
 metrics/baseline.json metrics/training-stats.json metrics/scores.json
 models/lora/adapter_config.json models/lora/adapter_model.safetensors models/lora/README.md
@@ -73,7 +73,7 @@ def test_run_folder_holds_what_is_promised_and_nothing_else(text_run: Finished) 
 
 
 def find_training_cell(finished: Finished) -> nbformat.NotebookNode:
-    return next(cell for cell in finished.notebook.cells if "sft_trainer" in cell.source)
+    return next(cell for cell in finished.notebook.cells if "trainer.train()" in cell.source)
 
 
 def test_training_cell_holds_the_curve_and_its_summary(text_run: Finished) -> None:

@@ -151,7 +151,7 @@ def test_a_wrong_mask_makes_the_losses_differ(
 ) -> None:
     real = collate.mark_learned
     monkeypatch.setattr(collate, "mark_learned", lambda ids, markers: MASKS[mutant](real(ids, markers)))
-    monkeypatch.setattr("forgekit.data.load.check_rows", lambda chats, processor, length: [None] * len(chats))
+    monkeypatch.setattr("forgekit.data.check.check_rows", lambda chats, processor, length: [None] * len(chats))
     with pytest.raises(AssertionError, match="losses differ"):
         check_against_hand(make_config, tmp_path, 1)
 
@@ -159,10 +159,9 @@ def test_a_wrong_mask_makes_the_losses_differ(
 def test_a_wrong_template_makes_the_losses_differ(
     make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = collate.render_chat
-    monkeypatch.setattr(
-        collate, "render_chat", lambda *args: real(*args).replace("<start_of_turn>user\n", "<start_of_turn>human\n")
-    )
+    real = collate.render_chats
+    right, wrong = "<start_of_turn>user\n", "<start_of_turn>human\n"
+    monkeypatch.setattr(collate, "render_chats", lambda *args: [text.replace(right, wrong) for text in real(*args)])
     with pytest.raises(AssertionError, match="losses differ"):
         check_against_hand(make_config, tmp_path, 1)
 

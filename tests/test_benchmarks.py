@@ -1,0 +1,39 @@
+"""The benchmarks' own code, on the built-in model and on made-up results: a GPU's minutes are too dear to find a slip there."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import memory
+
+
+@pytest.mark.slow
+def test_the_memory_benchmark_runs_its_steps_and_goes_on_where_it_was(tmp_path: Path, project_folder: Path) -> None:
+    out = tmp_path / "results.json"
+    known = {"tiny:16bit:1x32:off": {"allocated": 2**30, "reserved": 2**30, "seconds": 1.0}}
+    out.write_text(json.dumps(known))
+    command = [sys.executable, "-m", "benchmarks.memory", str(out)]
+    settings = ["--settings", "tiny:16bit:2x48:on,tiny:16bit:1x32:off"]
+    done = subprocess.run([*command, *settings], cwd=project_folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(out.read_text())
+    assert list(results) == ["tiny:16bit:1x32:off", "tiny:16bit:2x48:on"]
+    assert results["tiny:16bit:1x32:off"] == known["tiny:16bit:1x32:off"]
+    assert results["tiny:16bit:2x48:on"]["seconds"] > 0 and "| tiny | 16bit | 2x48 | on |" in done.stdout
+
+
+def test_the_fit_finds_the_factors_that_made_the_results(capsys: pytest.CaptureFixture[str]) -> None:
+    results = {}
+    for setting in memory.SETTINGS:
+        found = memory.predict(setting)
+        workspace = 0.1 * memory.GIB
+        fixed = found.peak - found.kept - found.working
+        allocated = fixed + 1.2 * found.kept + 0.8 * (found.working - workspace) + 0.25 * memory.GIB
+        results[setting] = {"allocated": allocated, "reserved": allocated, "seconds": 1.0}
+    memory.fit(results)
+    assert "kept 1.200, working 0.800, WORKSPACE 0.250 GiB, from 20 settings" in capsys.readouterr().out
+    memory.print_table(results)
+    assert "in 20 settings" in capsys.readouterr().out
