@@ -3,6 +3,7 @@
 All train the same adapter (LoRA r = 8 on the language model) on the same batches with the same AdamW, in bf16 autocast.
 """
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -66,6 +67,9 @@ def load_library(checkpoint: str, load_in: str) -> Any:
     )
 
 
+PARKED = contextlib.ExitStack()  # left when the process ends; a context that nobody holds is left at once
+
+
 def add_lora(model: Any) -> Any:
     """The adapter through PEFT."""
     from peft import LoraConfig, get_peft_model
@@ -97,10 +101,11 @@ def load_forgekit(model: Any, words: list[str], media: set[str]) -> tuple[Any, S
     if path is None:
         raise RuntimeError("the fast path does not apply")
     print(f"    attention by {path.kernel}", flush=True)
-    if "park" in options:  # entered and never left: the process ends with the measurement
-        park_towers(path.base, media).__enter__()
-        park_table(path.text).__enter__()
+    if "park" in options:
+        PARKED.enter_context(park_towers(path.base, media))
+        PARKED.enter_context(park_table(path.text))
         torch.cuda.empty_cache()
+        print(f"    {torch.cuda.memory_allocated() / 2**30:.2f} GiB of weights on the GPU", flush=True)
     return model, lambda batch: model(**batch, use_cache=False).loss
 
 
