@@ -200,7 +200,7 @@ class Train(Section):
     )
     fast: Switch = setting(
         "auto",
-        "compute no row that teaches nothing (exact: same loss, same gradients); auto: wherever the model allows it",
+        "compute no row that teaches nothing (exact: same loss, same gradients); auto: wherever the model allows it, but for Unsloth on a GPU, where it is still to be measured",
     )
     compile: Switch = setting(
         "auto",
@@ -210,8 +210,10 @@ class Train(Section):
         "auto",
         "what the fast path keeps for its backward: low (nothing: least memory), high (all: fastest), auto (what fits), or so many GiB in use",
     )
-    guard: Literal["stop", "warn"] = setting(
-        "stop", "what a failed check of the training stack does before the first step"
+    guard: Literal["auto", "stop", "warn"] = setting(
+        "auto",
+        "what a failed check of the training stack does before the first step; auto: stop on a CPU, warn on a GPU, where its "
+        "tolerances for 16 bit are still to be measured",
     )
     report_to: Names = setting(
         (), "trackers that transformers knows, for instance tensorboard; metrics.jsonl is always written"

@@ -13,6 +13,7 @@ from ..adapter.lora import TOWERS
 from ..config import Config
 from ..data.collate import IGNORE, Collator, Markers, get_tokenizer
 from ..errors import ModelError
+from ..hardware import choose_device
 from ..model.load import start_engine
 
 if TYPE_CHECKING:
@@ -70,16 +71,23 @@ def check_training(model: Any, processor: Any, dataset: "Dataset", config: Confi
         model: from `add_adapter`.
         dataset: training rows, `data["train"]`.
 
-    Prints the report and returns it. Raises ModelError when a check failed, unless `train.guard` is warn.
+    Prints the report and returns it. Raises ModelError when a check failed, unless `train.guard` says warn.
     """
     report = examine_training(model, processor, dataset, config)
     print(report)
-    if not report.passed and config.train.guard == "stop":
+    if not report.passed and choose_guard(config) == "stop":
         raise ModelError(
             f"Training is not right on this stack: {', '.join(report.failed)}.\n{report}\n"
             "train.guard: warn trains nevertheless."
         )
     return report
+
+
+def choose_guard(config: Config) -> str:
+    """Resolve `train.guard: auto`."""
+    if config.train.guard != "auto":
+        return config.train.guard
+    return "stop" if choose_device(config) == "cpu" else "warn"
 
 
 def examine_training(model: Any, processor: Any, dataset: "Dataset", config: Config) -> Report:

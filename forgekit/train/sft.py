@@ -12,7 +12,7 @@ from ..hardware import choose_device
 from ..model.load import start_engine
 from ..run_folder import Run, describe_settings, write_text
 from .learning_rates import scale_learning_rates
-from .speed import train_fast, weigh_tokens_alike
+from .speed import train_fast, wants_fast_path, weigh_tokens_alike
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -71,7 +71,7 @@ def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config,
         weigh_tokens_alike(trainer)
     scale_learning_rates(trainer, config.train.learning_rate_pattern)
     remove_default_output(trainer)
-    if config.train.fast != "off":
+    if wants_fast_path(config, engine):
         train_fast(trainer, config, run)
     guard_training(trainer, status, switch)
     return trainer

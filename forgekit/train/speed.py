@@ -17,6 +17,13 @@ BATCHES_TO_COMPILE = 150
 LOOKED_AT = 64  # rows that say which towers are used; reading all of them would decode every file
 
 
+def wants_fast_path(config: Config, engine: str) -> bool:
+    """Resolve `train.fast: auto`: on, but for Unsloth on a GPU, which has compiled layers of its own."""
+    if config.train.fast == "auto":
+        return engine != "unsloth" or choose_device(config) == "cpu"
+    return config.train.fast == "on"
+
+
 def train_fast(trainer: Any, config: Config, run: Run) -> None:
     """Let `trainer.train` turn the fast path on before it starts and off when it ends.
 

@@ -115,8 +115,8 @@ def test_a_second_bos_turns_it_red(parts: Any, monkeypatch: pytest.MonkeyPatch) 
     from forgekit.data import collate
 
     arguments = parts()
-    real = collate.render_chat
-    monkeypatch.setattr(collate, "render_chat", lambda *args: "<bos>" + real(*args))
+    real = collate.render_chats
+    monkeypatch.setattr(collate, "render_chats", lambda *args: ["<bos>" + text for text in real(*args)])
     assert failures(*arguments) == ["one <bos> a row"]
 
 
