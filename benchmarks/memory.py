@@ -2,8 +2,8 @@
 
     python -m benchmarks.memory OUT.json [--settings e2b:16bit:1x1024:on,...] [--seconds 280]   on a GPU
     python -m benchmarks.memory OUT.json --checkpoint DIR --settings e2b:16bit:4x1024:on:unsloth      Unsloth, from a checkpoint
-    python -m benchmarks.memory --fit OUT.json      the factors of forgekit/adapter/memory.py that fit the results best
-    python -m benchmarks.memory --table OUT.json    the results as a table for benchmarks/README.md
+    python -m benchmarks.memory --fit [OUT.json]    the factor and constant of forgekit/adapter/memory.py that fit best
+    python -m benchmarks.memory --table [OUT.json]  the results as a table for benchmarks/README.md; default: memory.json here
     python -m benchmarks.memory --towers            bytes that the towers keep, counted without weights
 
 The models have full size and random weights, made on the GPU, because memory does not depend on their values; 4-bit ones are
@@ -31,6 +31,7 @@ SETTINGS = (
     "e4b:4bit:2x512:off e4b:4bit:8x1024:on"
 ).split()
 STEPS = 3
+MEASURED = Path(__file__).with_name("memory.json")  # tests/adapter/test_memory.py holds the estimate against it
 
 
 def make_config(setting: str) -> Config:
@@ -274,28 +275,45 @@ def print_table(results: dict[str, Any]) -> None:
         print(f"\npredicted / measured: {min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} settings")
 
 
-def fit(results: dict[str, Any]) -> None:
-    """Print the two factors and the constant, in GiB, that fit the measured peaks best (least squares of the ratios)."""
+def split_known(setting: str, measured: float) -> tuple[float, float]:
+    """Return the bytes that FITTED multiplies, uncorrected, and the measured bytes that are neither those nor WORKSPACE."""
+    from forgekit.adapter.memory import FITTED, WORKSPACE
+
+    estimate = predict(setting)
+    counted = estimate.kept + estimate.working - WORKSPACE
+    return counted / FITTED[make_config(setting).model.engine], measured - (estimate.peak - counted - WORKSPACE)
+
+
+def fit_factor(known: list[tuple[float, float, float]]) -> tuple[float, float]:
+    """Return the factor and the constant in bytes that fit (counted, left, measured) best: least squares of the ratios."""
     import numpy
     from scipy.optimize import nnls
 
-    from forgekit.adapter.memory import FITTED, WORKSPACE
+    rows = [[counted / measured, GIB / measured] for counted, _, measured in known]
+    (factor, constant), _ = nnls(numpy.array(rows), numpy.array([left / measured for _, left, measured in known]))
+    return factor, constant * GIB
 
-    rows, targets = [], []
+
+def fit(results: dict[str, Any]) -> None:
+    """Print the factor and the constant that fit the measured peaks best, and how half of the settings predicts the other half."""
+    engines: dict[str, list[tuple[float, float, float]]] = {}
     for setting, found in results.items():
-        if found["allocated"]:
-            estimate, factors = predict(setting), FITTED[make_config(setting).model.engine]
-            kept, working = estimate.kept / factors["kept"], (estimate.working - WORKSPACE) / factors["working"]
-            fixed = estimate.peak - estimate.kept - estimate.working
-            rows.append([value / found["allocated"] for value in (kept, working, GIB)])
-            targets.append(1 - fixed / found["allocated"])
-    (kept, working, constant), _ = nnls(numpy.array(rows), numpy.array(targets))
-    print(f"kept {kept:.3f}, working {working:.3f}, WORKSPACE {constant:.3f} GiB, from {len(rows)} settings")
-    ratios = [
-        sum(f * v for f, v in zip((kept, working, constant), row, strict=True)) + 1 - t
-        for row, t in zip(rows, targets, strict=True)
-    ]
-    print(f"predicted / measured would be {min(ratios):.3f} to {max(ratios):.3f}")
+        if measured := found["allocated"]:
+            engine = make_config(setting).model.engine
+            engines.setdefault(engine, []).append((*split_known(setting, measured), measured))
+    for engine, known in engines.items():
+        halves = [known[::2], known[1::2]]
+        for name, learned, tried in (
+            ("all", known, known),
+            ("even ones, tried on odd", *halves),
+            ("odd ones, tried on even", *reversed(halves)),
+        ):
+            factor, constant = fit_factor(learned)
+            ratios = [1 + (factor * counted + constant - left) / measured for counted, left, measured in tried]
+            print(
+                f"{engine}, from {len(learned)} settings ({name}): factor {factor:.3f}, WORKSPACE {constant / GIB:.3f} GiB; "
+                f"predicted / measured would be {min(ratios):.3f} to {max(ratios):.3f}"
+            )
 
 
 def count_tower_bytes() -> None:
@@ -348,11 +366,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.towers:
         return count_tower_bytes()
+    if options.fit or options.table:
+        results = json.loads((options.out or MEASURED).read_text())
+        return fit(results) if options.fit else print_table(results)
     if options.out is None:
         parser.error("name the file of the results")
-    if options.fit or options.table:
-        results = json.loads(options.out.read_text())
-        return fit(results) if options.fit else print_table(results)
     run = run_settings if options.here else run_models
     run(options.settings.split(","), options.out, options.seconds, options.checkpoint)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import memory
+from forgekit.adapter.memory import WORKSPACE
 
 
 @pytest.mark.slow
@@ -29,11 +30,13 @@ def test_the_fit_finds_the_factors_that_made_the_results(capsys: pytest.CaptureF
     results = {}
     for setting in memory.SETTINGS:
         found = memory.predict(setting)
-        workspace = 0.1 * memory.GIB
+        workspace = WORKSPACE
         fixed = found.peak - found.kept - found.working
-        allocated = fixed + 1.2 * found.kept + 0.8 * (found.working - workspace) + 0.25 * memory.GIB
+        allocated = fixed + 1.2 * (found.kept + found.working - workspace) + 0.25 * memory.GIB
         results[setting] = {"allocated": allocated, "reserved": allocated, "seconds": 1.0}
     memory.fit(results)
-    assert "kept 1.200, working 0.800, WORKSPACE 0.250 GiB, from 20 settings" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" settings")[0] for line in lines] == [f"huggingface, from {n}" for n in (20, 10, 10)]
+    assert all("factor 1.200, WORKSPACE 0.250 GiB" in line and line.endswith("1.000 to 1.000") for line in lines)
     memory.print_table(results)
     assert "in 20 settings" in capsys.readouterr().out

@@ -1,16 +1,24 @@
 """The estimate against tensors that autograd really saves, against measured peaks, and the advice that is made of it."""
 
+import contextlib
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.overrides import TorchFunctionMode
 
+import benchmarks.memory as benchmark
 from forgekit import load_config
-from forgekit.adapter.activations import count_kept, count_layer
+from forgekit.adapter.activations import Step, count_kept, count_layer
 from forgekit.adapter.advice import CARDS, advise_cards, describe_fit, find_largest, rank_changes
-from forgekit.adapter.memory import count_base, estimate_memory
+from forgekit.adapter.memory import CONTEXT, count_base, estimate_memory
 from forgekit.adapter.plan import plan_layers
 from forgekit.hardware import GIB
+from forgekit.layer_groups import write_group_regex
+from forgekit.model.load import KEEP_16BIT
 from forgekit.model.shapes import Shapes, build_shapes, make_released_config, read_shapes
 
 PARAMS = Path(__file__).parents[2] / "params"
@@ -32,14 +40,28 @@ def estimate(shapes: Shapes, *args: Any, **settings: Any) -> Any:
     return estimate_memory(plan_layers(config, shapes), config, shapes)
 
 
-@pytest.mark.parametrize(("layers", "length"), [(["attention", "mlp"], 96), (["attention"], 96), (["mlp"], 640)])
-def test_what_is_kept_is_what_autograd_saves(layers: list[str], length: int) -> None:
-    """Ten layers, 2 sparse and 5 with shared keys and values, in bfloat16 under autocast as Trainer runs it."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
+class PowersInFloat32(TorchFunctionMode):
+    """What CUDA's autocast does and the CPU's does not: powers of 16-bit tensors are computed in float32."""
 
-    from forgekit.layer_groups import write_group_regex
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        powers = (torch.Tensor.pow, torch.Tensor.__pow__, torch.pow)
+        if function in powers and args[0].dtype == torch.bfloat16:
+            args = (args[0].float(), *args[1:])
+        return function(*args, **(kwargs or {}))
+
+
+class LikePacked(torch.nn.Linear):
+    """Returns the precision of its input, as bitsandbytes' Linear4bit does."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return super().forward(values.to(torch.bfloat16)).to(values.dtype)
+
+
+def build_learner(layers: list[str], packed: bool) -> tuple[Shapes, Any]:
+    """Return ten layers, 2 sparse and 5 with shared keys and values, in bfloat16, with an adapter, and their shapes."""
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
+    from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 
     settings = Gemma3nTextConfig(
         hidden_size=256, intermediate_size=1024, num_attention_heads=4, num_key_value_heads=2, head_dim=32, laurel_rank=8,
@@ -47,11 +69,34 @@ def test_what_is_kept_is_what_autograd_saves(layers: list[str], length: int) -> 
         hidden_size_per_layer_input=16, activation_sparsity_pattern=[0.95] * 2 + [0.0] * 8,
     )  # fmt: skip
     model = Gemma3nForCausalLM(settings).to(torch.bfloat16).requires_grad_(False)
-    shapes, config = read_shapes(model), make(adapter__layers=layers, adapter__r=4, length=length)
-    plan = plan_layers(config, shapes)
+    shapes = read_shapes(model)
     targets = "|".join(write_group_regex(group) for group in layers)
-    learner = get_peft_model(model, LoraConfig(r=4, target_modules=targets)).train()
+    for name, module in model.named_modules() if packed else ():
+        if type(module) is torch.nn.Linear and not any(re.match(pattern, name) for pattern in KEEP_16BIT):
+            module.__class__ = LikePacked
+    learner = get_peft_model(model, LoraConfig(r=4, target_modules=targets), autocast_adapter_dtype=not packed).train()
+    for module in learner.modules() if packed else ():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False  # PEFT's own 4-bit layer leaves this to autocast
     model.enable_input_require_grads()
+    return shapes, learner
+
+
+@pytest.mark.parametrize(
+    ("layers", "length", "gpu", "packed"),
+    [
+        (["attention", "mlp"], 96, False, False),
+        (["attention", "mlp"], 96, True, False),
+        (["attention", "mlp"], 96, True, True),
+        (["attention"], 96, True, False),
+        (["mlp"], 192, True, True),
+    ],
+)
+def test_what_is_kept_is_what_autograd_saves(layers: list[str], length: int, gpu: bool, packed: bool) -> None:
+    """In bfloat16 under autocast as Trainer runs it, and as a GPU's autocast and 4-bit layers do it."""
+    shapes, learner = build_learner(layers, packed)
+    config = make(adapter__layers=layers, adapter__r=4, length=length)
+    plan = plan_layers(config, shapes)
     own = {parameter.untyped_storage().data_ptr() for parameter in learner.parameters()}
     saved: dict[int, Any] = {}
 
@@ -60,23 +105,52 @@ def test_what_is_kept_is_what_autograd_saves(layers: list[str], length: int) -> 
         return tensor
 
     ids = torch.randint(0, 280, (2, length))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
-        _output = model.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16),
+        PowersInFloat32() if gpu else contextlib.nullcontext(),
+    ):
+        _output = learner.base_model.model.model(input_ids=ids, attention_mask=mask, use_cache=False)
     real = sum(storage.nbytes() for key, storage in saved.items() if key not in own)
-    counted = count_kept(plan, shapes, 2, length, 2, "huggingface", False, 4)
+    streams = 4 if gpu else 2
+    step = Step(2, length, 2, streams, streams if packed else 2, 2 if packed else 4, "huggingface", False)
+    counted = count_kept(plan, shapes, step)
     assert counted == pytest.approx(real, rel=0.04)
-    ends = counted - sum(count_layer(plan, shapes, n, 2, length, 2, "huggingface", 4) for n in range(10))
-    assert 0 < ends < 0.1 * counted
+    ends = counted - sum(count_layer(plan, shapes, n, step) for n in range(10))
+    assert 0 < ends < 0.15 * counted
+
+
+def test_every_measured_peak_is_met(released: dict[str, Shapes]) -> None:
+    """The project's bound is a tenth; the formula does better, and a change that makes it worse is to be seen."""
+    measured = json.loads(benchmark.MEASURED.read_text())
+    ratios = {}
+    for setting, found in measured.items():
+        config, shapes = benchmark.make_config(setting), released[setting[:3].upper()]
+        ratios[setting] = estimate_memory(plan_layers(config, shapes), config, shapes).peak / found["allocated"]
+    assert len(ratios) >= 12
+    assert {setting: ratio for setting, ratio in ratios.items() if abs(ratio - 1) > 0.03} == {}
+
+
+def test_what_pytorch_held_is_nearly_met(released: dict[str, Shapes]) -> None:
+    """In GiB: blocks that fit nothing are a share of the activations; small steps have up to 0.3 GiB more or less."""
+    for setting, found in json.loads(benchmark.MEASURED.read_text()).items():
+        config, shapes = benchmark.make_config(setting), released[setting[:3].upper()]
+        total = estimate_memory(plan_layers(config, shapes), config, shapes).total
+        if setting.endswith(":on"):
+            assert (total - CONTEXT) / GIB == pytest.approx(found["reserved"] / GIB, rel=0.03), setting
+        assert total > found["reserved"], setting
 
 
 # Peak of torch.cuda.max_memory_allocated, E2B at full size with random weights, bf16, LoRA r = 8 on text, NVIDIA H200,
 # torch 2.11, Unsloth 2026.10.9
-@pytest.mark.parametrize(("rows", "length", "measured"), [(1, 1024, 10.8), (4, 1024, 11.9), (8, 2048, 17.4)])
-def test_measured_peaks_of_unsloth_are_met_within_a_tenth(
+@pytest.mark.parametrize(("rows", "length", "measured"), [(1, 1024, 10.88), (4, 1024, 11.92), (8, 2048, 17.36)])
+def test_measured_peaks_of_unsloth_are_met(
     released: dict[str, Shapes], rows: int, length: int, measured: float
 ) -> None:
     found = estimate(released["E2B"], "unsloth", rows=rows, length=length, adapter__r=8).peak / GIB
-    assert found == pytest.approx(measured, rel=0.1)
+    assert found == pytest.approx(measured, rel=0.03)
 
 
 def test_weights_are_those_of_the_parts(released: dict[str, Shapes]) -> None:
@@ -138,7 +212,11 @@ def test_what_to_change_is_ranked_by_the_saving_that_it_has(released: dict[str, 
     changes = rank_changes(config, shapes)
     assert [change.saving for change in changes] == sorted((change.saving for change in changes), reverse=True)
     names = [dict(change.settings) for change in changes]
-    assert {"train.gradient_checkpointing": "on"} in names and {"model.load_in": "4bit"} in names
+    assert {"train.gradient_checkpointing": "on"} in names
+    # 4-bit layers' float32 outputs, all kept without checkpointing, are more than the weights save
+    assert {"model.load_in": "4bit"} not in names
+    checkpointed = rank_changes(config.change({"train.gradient_checkpointing": "on"}), shapes)
+    assert {"model.load_in": "4bit"} in [dict(change.settings) for change in checkpointed]
     for change in changes:
         changed = config.change(dict(change.settings))
         after = estimate_memory(plan_layers(changed, shapes), changed, shapes).total
