@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from forgekit.__main__ import main
+
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
 SECONDS = 60_000  # milliseconds that a page may take for one thing; a busy machine starts a kernel slowly
 # JupyterLab: no news, no updates, every cell in the page also when it is out of sight
@@ -99,8 +101,9 @@ def wait_for(server: Server, process: subprocess.Popen[bytes]) -> None:
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory, project_folder: Path) -> Iterator[Server]:
-    """JupyterLab on an empty folder; notebooks that are put there later can be opened."""
+    """JupyterLab on a folder that `forgekit init` has filled with the notebooks and recipes."""
     folder = tmp_path_factory.mktemp("lab")
+    assert main(["init", str(folder)]) == 0
     options = ["--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", "--ServerApp.port={port}"]
     options += ["--ServerApp.port_retries=0", "--IdentityProvider.token={token}", "--LabApp.expose_app_in_browser=True"]
     with serve(folder, project_folder, "jupyterlab", *options) as server:

@@ -1,6 +1,7 @@
-"""What the browser tests do with a page: write a notebook, run it, look at a panel in both themes and two widths."""
+"""What the browser tests do with a page: open a notebook, run it, look at a panel in both themes and two widths."""
 
 import contextlib
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,10 +9,22 @@ from typing import Any
 
 import nbformat
 
+from .conftest import SECONDS, Server
+
 PANEL = ".forgekit-panel"
 THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
 WIDTHS = (1280, 800)
 LOOK_AGAIN = 0.02  # seconds
+IDLE = "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
+SELECT = """(words) => {
+    const notebook = window.jupyterapp.shell.currentWidget.content;
+    notebook.activeCellIndex = notebook.widgets.findIndex((cell) => cell.model.sharedModel.source.includes(words));
+}"""
+ADD = """(source) => {
+    const notebook = window.jupyterapp.shell.currentWidget.content;
+    notebook.model.sharedModel.addCell({ cell_type: 'code', source });
+    notebook.activeCellIndex = notebook.widgets.length - 1;
+}"""
 
 
 def write_notebook(path: Path, *cells: str) -> None:
@@ -21,12 +34,55 @@ def write_notebook(path: Path, *cells: str) -> None:
     nbformat.write(notebook, path)
 
 
-def run_all(page: Any) -> None:
-    """Start all cells of the open notebook and come back while they run."""
-    page.wait_for_function(
-        "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
-    )
-    page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")
+def shorten_notebook(path: Path, settings: dict[str, Any], run_name: str) -> None:
+    """Give a copied notebook settings and a run's name as papermill does, and take its stored outputs away."""
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
+
+    notebook = parameterize_notebook(load_notebook_node(str(path)), {"settings": settings, "run_name": run_name})
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    nbformat.write(notebook, path)
+
+
+def open_notebook(browser: Any, lab: Server, path: str) -> Any:
+    """Return a page with a notebook of the Lab's folder open and its kernel ready."""
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(SECONDS)
+    page.goto(lab.find(f"/lab/tree/{path}"))
+    page.wait_for_function(IDLE)
+    return page
+
+
+def command(page: Any, name: str, code: str = "") -> None:
+    """Give JupyterLab a command, with the cell that holds some code selected, and come back while it works."""
+    if code:
+        page.evaluate(SELECT, code)
+    page.evaluate("(name) => { window.jupyterapp.commands.execute(name); }", name)
+
+
+def run_new_cell(page: Any, code: str) -> Any:
+    """Write a cell at the end of the open notebook, run it, and return it while it runs."""
+    page.evaluate(ADD, code)
+    command(page, "notebook:run-cell")
+    return page.locator(".jp-CodeCell").last
+
+
+def wait_for_end(cell: Any, milliseconds: int = SECONDS) -> str:
+    """Wait until a cell has run; return what it has printed."""
+    cell.locator(".jp-InputPrompt", has_text=re.compile(r"\[\d+\]")).first.wait_for(timeout=milliseconds)
+    return "".join(cell.locator("[data-mime-type='application/vnd.jupyter.stdout']").all_inner_texts())
+
+
+def find_cell(page: Any, code: str) -> Any:
+    """Return the first cell that holds some code."""
+    return page.locator(".jp-CodeCell").filter(has_text=code).first
+
+
+def find_panel(page: Any, words: str) -> Any:
+    """Return the newest panel in which some words stand."""
+    return page.locator(PANEL).filter(has_text=words).last
 
 
 @contextlib.contextmanager
@@ -41,8 +97,7 @@ def photographing(page: Any, path: Path) -> Iterator[None]:
 
 def is_running(page: Any, code: str) -> bool:
     """Say whether the cell that holds this code runs. (The kernel's own status also tells of the thread that takes clicks.)"""
-    cell = page.locator(".jp-CodeCell").filter(has_text=code).first
-    return cell.locator(".jp-InputPrompt").first.inner_text().strip() == "[*]:"
+    return find_cell(page, code).locator(".jp-InputPrompt").first.inner_text().strip() == "[*]:"
 
 
 def read_errors(page: Any) -> list[str]:
