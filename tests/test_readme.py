@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from forgekit.__main__ import read_assignments
+from forgekit.__main__ import main, read_assignments
 from forgekit.config import NAMES, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +37,7 @@ def test_every_command_is_known_to_these_tests():
         "make demo",
         "make test",
         "forgekit run notebooks/01_text.ipynb --set adaptor",
+        "forgekit plan ",
         "papermill ",
         "forgekit run notebooks/01_text.ipynb --recipe",
     )
@@ -55,6 +56,14 @@ def test_the_misspelt_setting_gets_the_sentence_shown(tmp_path):
     assert done.returncode == 2
     assert sentence in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_plan_example_shows_what_learns_and_where_it_fits(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main(find_command("forgekit plan ")[1:]) == 0
+    printed = capsys.readouterr().out
+    assert "attention" in printed and "mlp" not in printed  # --set is on top of the recipes
+    assert "Memory at the peak of a step" in printed and re.search(r"T4 15 GB\s+[\d.]+\s+(yes|no)", printed)
 
 
 def test_the_headless_example_has_valid_settings():

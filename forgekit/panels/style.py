@@ -13,7 +13,7 @@ STYLE = """<style>
 .fk-panel h4 { margin: 0.6em 0 0.1em; font-size: inherit; font-weight: 600; }
 .fk-panel pre { white-space: pre-wrap; border: 1px solid currentColor; padding: 0.5em; margin: 0.2em 0; }
 .fk-panel .widget-checkbox label { display: flex; align-items: center; gap: 0.5em; }
-.fk-panel .widget-checkbox input[type="checkbox"] { margin: 0; flex: none; }
+.fk-panel .widget-checkbox input[type="checkbox"] { margin: 0 0 0 3px; flex: none; }
 /* a box of which a part is on: a dash in place of the tick */
 .fk-panel .fk-part input[type="checkbox"] { appearance: none; -webkit-appearance: none; width: 13px; height: 13px;
   border: 1px solid currentColor; border-radius: 2px; display: inline-grid; place-content: center; color: inherit; }
@@ -26,7 +26,7 @@ STYLE = """<style>
 .fk-panel .fk-cell { white-space: pre; line-height: 1.2; padding: 2px; margin: 2px; border: 1px solid currentColor;
   background: none; border-radius: 2px; font-variant-numeric: tabular-nums; overflow: hidden; }
 .fk-panel .fk-cell.fk-full { border-radius: 16px; }
-.fk-panel .fk-cell.fk-source { border: 4px double currentColor; padding: 0; }
+.fk-panel .fk-cell.fk-source { border: 3px double currentColor; padding: 0; font-size: 11px; }
 .fk-panel .fk-cell.fk-shared { border-style: dashed; }
 .fk-panel .fk-cell.fk-on { background: #1c6fd0; color: #ffffff; }
 .fk-panel .fk-cell.fk-some { background: linear-gradient(to top, #1c6fd0 5px, transparent 5px); }

@@ -38,5 +38,5 @@ def describe_change(before: Totals, after: Totals) -> str:
         return ""
     return (
         f"{after.modules - before.modules:+,} modules · {after.parameters - before.parameters:+,} parameters · "
-        f"file {(after.file - before.file) / MB:+,.1f} MB · memory {(after.memory - before.memory) / GIB:+,.2f} GiB"
+        f"file {(after.file - before.file) / MB:+z,.1f} MB · memory {(after.memory - before.memory) / GIB:+z,.2f} GiB"
     )

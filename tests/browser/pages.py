@@ -14,8 +14,12 @@ from .conftest import SECONDS, Server
 PANEL = ".forgekit-panel"
 THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
 WIDTHS = (1280, 800)
+TALL = 1800  # pixels, so that a picture holds a whole panel
 LOOK_AGAIN = 0.02  # seconds
-IDLE = "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
+IDLE = """(path) => {
+    const context = window.jupyterapp?.shell.currentWidget?.sessionContext;
+    return context?.path === path && context.session?.kernel?.status === 'idle';
+}"""
 SELECT = """(words) => {
     const notebook = window.jupyterapp.shell.currentWidget.content;
     notebook.activeCellIndex = notebook.widgets.findIndex((cell) => cell.model.sharedModel.source.includes(words));
@@ -50,9 +54,15 @@ def open_notebook(browser: Any, lab: Server, path: str) -> Any:
     """Return a page with a notebook of the Lab's folder open and its kernel ready."""
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.set_default_timeout(SECONDS)
-    page.goto(lab.find(f"/lab/tree/{path}"))
-    page.wait_for_function(IDLE)
+    page.goto(lab.find(f"/lab/tree/{path}") + "&reset")  # without what an earlier page had open
+    page.wait_for_function(IDLE, arg=path)
     return page
+
+
+def close_notebook(page: Any) -> None:
+    """End the open notebook's kernel, so that the next one has its memory, and close the page."""
+    page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+    page.close()
 
 
 def command(page: Any, name: str, code: str = "") -> None:
@@ -121,7 +131,7 @@ def each_look(page: Any) -> Iterator[str]:
         page.evaluate("(theme) => window.jupyterapp.commands.execute('apputils:change-theme', { theme })", name)
         page.wait_for_selector(f"body[data-jp-theme-light='{str(theme == 'light').lower()}']", state="attached")
         for width in WIDTHS:
-            page.set_viewport_size({"width": width, "height": 900})
+            page.set_viewport_size({"width": width, "height": TALL})
             page.wait_for_timeout(300)  # the panels flow anew
             yield f"{theme}-{width}"
 

@@ -19,6 +19,7 @@ from .layers import Change, count_cells, find_layers, press_preset, switch_tower
 from .pages import (
     PANEL,
     click_and_wait,
+    close_notebook,
     command,
     each_look,
     find_cell,
@@ -87,7 +88,7 @@ def text(lab: Server, browser: Any, pictures: Path) -> Iterator[Opened]:
         watched = watch_training(page, pictures / "run-while-training.png")
         wait_for_end(find_cell(page, "run.finish()"))
     yield Opened(page, lab.folder, changes, watched)
-    page.close()
+    close_notebook(page)
 
 
 def test_a_tower_a_preset_and_a_typed_range_change_the_totals(text: Opened) -> None:
@@ -168,7 +169,7 @@ def test_axe_finds_nothing_serious_and_every_look_has_its_picture(text: Opened, 
     for look in each_look(page):
         assert find_violations(page) == [], look
         for name, panel in zip(("layers", "run", "compare", "chat"), page.locator(PANEL).all(), strict=True):
-            panel.scroll_into_view_if_needed()
+            panel.evaluate("(panel) => panel.scrollIntoView()")
             panel.screenshot(path=pictures / f"{name}-{look}.png")
             box = panel.bounding_box()
             assert box and box["x"] + box["width"] <= page.viewport_size["width"], look

@@ -21,6 +21,7 @@ from .layers import (
     type_layers,
 )
 from .pages import (
+    close_notebook,
     command,
     each_look,
     find_cell,
@@ -99,7 +100,7 @@ def vision(lab: Server, browser: Any, pictures: Path) -> Iterator[Opened]:
         watched = watch_training(page)
         wait_for_end(find_cell(page, "run.finish()\n"), 2 * SECONDS)
     yield Opened(page, lab.folder / "forgekit_runs" / "vision", given, changes, busy, watched)
-    page.close()
+    close_notebook(page)
 
 
 def test_layers_are_chosen_while_the_training_cell_runs(vision: Opened) -> None:
@@ -169,7 +170,7 @@ def test_e4b_s_panel_is_quick_and_axe_finds_nothing_in_any_look(vision: Opened, 
     panel.get_by_role("button", name="Last n layers").click()
     for look in each_look(page):
         assert find_violations(page) == [], look
-        panel.scroll_into_view_if_needed()
+        panel.evaluate("(panel) => panel.scrollIntoView()")
         panel.screenshot(path=pictures / f"layers-e4b-{look}.png")
         box = panel.bounding_box()
         assert box and box["x"] + box["width"] <= page.viewport_size["width"], look

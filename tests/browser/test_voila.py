@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from .conftest import SECONDS, Server
+from .layers import count_cells, find_layers, press_preset
 from .pages import PANEL, click_and_wait, find_violations, photographing, write_notebook
 
 pytestmark = pytest.mark.browser
@@ -17,6 +18,7 @@ CELLS = [
     "fk.ComparePanel(scores, scores)",
     f"config = fk.load_config(None, {SETTINGS!r})\n"
     "model, processor = fk.load_model(config)\n"
+    "fk.LayerPanel(config, model)",
     "fk.ChatPanel(fk.add_adapter(model, config), processor)",
 ]
 
@@ -31,6 +33,10 @@ def test_panels_render_and_answer(voila: Server, browser: Any, pictures: Any) ->
         compare.wait_for(timeout=2 * SECONDS)
         first = compare.locator("tbody tr").first
         click_and_wait(compare.get_by_role("button", name="Next"), lambda: first.inner_text().startswith("6\t"))
+        layers = find_layers(page)
+        preset = press_preset(layers, "Attention only")
+        assert preset.after.differs(preset.before)
+        assert len(count_cells(layers)) == layers.locator(".fk-cell").count()
         chat = page.locator(PANEL).filter(has_text="max_new_tokens").first
         chat.get_by_label("max_new_tokens").fill("4")
         chat.get_by_label("Message").fill("Which one?")

@@ -3,6 +3,7 @@
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import pytest
 from forgekit import LayerPanel, load_config
 from forgekit.adapter.plan import plan_layers
 from forgekit.errors import ConfigError
+from forgekit.hardware import GIB
 from forgekit.model import shapes
 from forgekit.model.shapes import Shapes, build_shapes, make_released_config
 from forgekit.panels import view
 from forgekit.panels.layer_widgets import LayerWidgets
 from forgekit.panels.presets import PRESETS
+from forgekit.panels.totals import Totals, describe_change
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +71,13 @@ def test_a_click_on_a_layer_takes_it_out_and_a_second_one_brings_it_back(
     assert "-5 modules" in widgets.change.value  # q, o, gate, up, down: layer 20 shares its keys and values
     widgets.strip.cells[20].click()
     assert panel.config is panel.given
+
+
+def test_a_change_too_small_to_be_shown_has_no_minus() -> None:
+    before = Totals(2, 200, 1000, 800, 2.0 * GIB)
+    assert describe_change(before, replace(before, modules=1, memory=2.0 * GIB - 1000, file=790)) == (
+        "-1 modules · +0 parameters · file +0.0 MB · memory +0.00 GiB"
+    )
 
 
 def test_a_typed_range_is_what_learns(panel: LayerPanel, widgets: LayerWidgets) -> None:
