@@ -83,10 +83,9 @@ def park_weights(trainer: Any, config: Config, path: Any) -> Iterator[None]:
 
 
 def find_media(dataset: Any) -> set[str]:
-    """Return the kinds of media in the first rows of a data set; a film is pictures."""
+    """Return the kinds of parts in the first rows of a data set, as they are read: a film is pictures then."""
     rows = (dataset[number] for number in range(min(LOOKED_AT, len(dataset))))
-    kinds = {part["type"] for example in rows for turn in example["messages"] for part in turn["content"]}
-    return {"image" if kind == "video" else kind for kind in kinds}
+    return {part["type"] for example in rows for turn in example["messages"] for part in turn["content"]}
 
 
 def choose_memory(config: Config) -> str | float:
