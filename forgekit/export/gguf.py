@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Config
 from ..model.load import find_model
+from ..run_folder import write_text
+from .card import TERMS
 from .gguf_metadata import add_metadata
 from .gguf_seal import ALIGNMENT, Seal, add_blank_seal
 from .gguf_tensors import Tensor, check_architecture, plan_tensors
@@ -22,6 +24,29 @@ from .merged import check_space, export_merged
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
+CARD = """\
+---
+license: {license}
+library_name: gguf
+tags: [forgekit, gguf]
+---
+# {name}, as GGUF
+
+The text model with its tokenizer and chat template, each file in another number format; `model-*.verify.json` says how far
+each is from the trained model. They run in a llama.cpp that knows the tokenizer of Gemma 4, whose kind Gemma 3n's is.
+
+```python
+from forgekit import ask_gguf
+
+ask_gguf("{file}", "...")
+```
+
+Without forgekit: `llama-server -m {file}`.
+
+## Terms
+
+{terms}
+"""
 CHUNK = 1 << 22  # numbers converted at once: 16 MiB of float32
 
 
@@ -32,8 +57,11 @@ def export_gguf(
 
     Raises ExportError for a model that llama.cpp cannot run, and for too little disk.
     """
+    about = describe_model(config)
     with open_merged(model, processor, config, path) as merged:
-        return write_gguf(merged, path, kind, describe_model(config))
+        write_gguf(merged, path, kind, about)
+    write_text(path.parent / "README.md", CARD.format(file=path.name, terms=TERMS, **about))
+    return path
 
 
 @contextlib.contextmanager

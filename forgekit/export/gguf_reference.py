@@ -7,20 +7,19 @@ rounding can be told from it, the reference is asked both ways.
 
 import contextlib
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from ..data.collate import Markers, get_tokenizer, mark_learned, tokenize_texts
-from ..data.messages import Messages, get_text, make_message
-from ..data.samples.orders import load_orders
+from ..data.messages import Messages, get_text
 from ..evaluate.generate import inference
 from ..evaluate.scores import autocast
+from .compare import choose_rows
 
 if TYPE_CHECKING:
     import numpy
 
-ROWS = 16  # rows that probabilities are compared on
 TABLE = 1 << 26  # log-probabilities held at once: 0.5 GB in float64
 Row = tuple[list[int], list[bool]]  # a chat's token ids, and which of them are learned
 ODD_TEXTS = (
@@ -80,24 +79,20 @@ def read_reference(model: Any, rows: list[list[int]], firsts: list[int]) -> list
     return tables
 
 
-def list_chats(rows: Iterable[Any], number: int = ROWS) -> tuple[list[Messages], int]:
+def list_chats(rows: list[Messages], number: int) -> tuple[list[Messages], int]:
     """Return text-only chats to compare on, and how many of them, at the front, are whole held-out rows.
 
-    Media are left out, because a GGUF of the text model cannot take them; built-in order sentences fill up to `number`.
+    Media are left out, because a GGUF file of the text model cannot take them: of such rows one is kept, since they often
+    ask the same. A few chats in words fill up.
     """
+    built_in = choose_rows(None)
     whole, cut = [], []
     for row in rows:
-        chat = [{**turn, "content": [part for part in turn["content"] if part["type"] == "text"]} for turn in row["messages"]]  # fmt: skip
-        if all(get_text(turn).strip() for turn in chat):
-            same = all(len(a["content"]) == len(b["content"]) for a, b in zip(chat, row["messages"], strict=True))
-            (whole if same else cut).append(chat)
-        if len(whole) == number or len(cut) == number:
-            break
-    chats = (whole or cut[:1])[:number]
-    for order in load_orders(number - len(chats)):
-        facts = ", ".join(f"{name}: {value}" for name, value in order["order"].items())
-        chats.append([make_message("user", order["message"]), make_message("assistant", facts)])
-    return chats, len(whole)
+        chat = [{**turn, "content": [part for part in turn["content"] if part["type"] == "text"]} for turn in row]
+        if all(get_text(turn).strip() for turn in chat) and row not in built_in:
+            (whole if all(part["type"] == "text" for turn in row for part in turn["content"]) else cut).append(chat)
+    chats = [*whole[:number], *cut[: not whole]]
+    return [*chats, *built_in[: max(0, number - len(chats))]], min(len(whole), number)
 
 
 def list_texts(chats: list[Messages], number: int) -> list[str]:

@@ -13,7 +13,7 @@ from ..errors import ExportError
 if TYPE_CHECKING:
     import numpy
 
-KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_K_M")
+KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_K_M")  # F32 only for comparisons
 KEPT = ("altup_proj", "altup_unembd_proj", "altup_router", "laurel_", "per_layer_model_proj")
 ALWAYS_FLOAT = ("norm.weight", "altup_correct_coef.weight", "altup_predict_coef.weight", "altup_correct_scale.weight")
 TABLES = ("token_embd", "per_layer_token_embd")

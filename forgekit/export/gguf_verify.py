@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 from ..config import Config
 from ..data.collate import get_tokenizer, render_chats, tokenize_texts
 from ..data.messages import Messages, get_answer, make_message
-from ..evaluate.generate import generate_answers
+from ..evaluate.generate import end_tokens, generate_answers
 from .adapter import load_export
+from .compare import Reference
 from .gguf import open_merged
 from .gguf_reference import (
-    ROWS,
     Row,
     divide_as_llama,
     list_chats,
@@ -45,8 +45,8 @@ from .verdict import Check, Verdict, at_most
 
 if TYPE_CHECKING:
     import numpy
-    from datasets import Dataset
 
+ROWS = 16  # of which probabilities are compared
 TEXTS = 200
 PLACES = 8  # next tokens compared a row
 PERPLEXITY_ROWS = 8  # one request a token
@@ -56,31 +56,30 @@ CUTOFF_KL = 1e-2  # what the other standard deviation may add (benchmarks/README
 BASE_SHARE = 0.5  # of the base's distance to the trained model
 
 
-def verify_gguf(
-    kind: str, model: Any, processor: Any, path: Path, dataset: "Dataset | None", config: Config
-) -> Verdict:
+def verify_gguf(kind: str, trained: Reference, path: Path, config: Config) -> Verdict:
     """Compare a GGUF file with the trained model in memory.
 
     Args:
         kind: what the file was written as: "F16", "BF16", "Q8_0", "Q4_K_M".
-        dataset: held-out rows; built-in sentences are added where there are few, and media are left out.
+        trained: model and held-out rows; of rows with media only the text is compared.
 
     Returns the Verdict; its notes list how many tensors have which type. Raises ExportError when llama.cpp cannot load it.
     """
-    size, meant = path.stat().st_size, read_seal(path)
-    whole = at_most("files whose bytes differ from those written", int(not meant[1]), 0)
-    verdict = Verdict((at_most("bytes too many or too few", abs(size - meant[0]), 0), whole), size, meant[0])
+    size, (meant, unchanged) = path.stat().st_size, read_seal(path)
+    whole = at_most("files whose bytes differ from those written", int(not unchanged), 0)
+    verdict = Verdict((at_most("bytes too many or too few", abs(size - meant), 0), whole), size, meant)
     if not verdict.verified:  # llama.cpp may end the process over a damaged file
         return verdict
-    chats, own = list_chats(dataset or ())
+    processor, (chats, own) = trained.processor, list_chats(trained.chats, ROWS)
     rows = mark_rows(chats, processor)
-    verdict = verdict.add(rows=len(rows), tokens=sum(sum(learned) for _, learned in rows), notes={"types": count_types(path)})  # fmt: skip
-    with open_reference(model, processor, path, config) as reference:
+    tokens = sum(sum(learned) for _, learned in rows[:PERPLEXITY_ROWS])
+    verdict = verdict.add(rows=len(rows), tokens=tokens, notes={"types": count_types(path)})
+    with open_reference(trained.model, processor, path, config) as reference:
         context = max(len(ids) for ids, _ in rows) * 2 + config.evaluate.max_new_tokens + 64
         with open_gguf(path, context, exact=True) as server:
             verdict = verdict.add(*compare_tokens(server, processor, chats))
-            verdict = verdict.add(*compare_probabilities(server, reference, model, processor, chats, kind))
-            verdict = verdict.add(compare_perplexity(server, reference, rows[:PERPLEXITY_ROWS], kind))
+            verdict = verdict.add(*compare_probabilities(server, reference, trained.model, processor, chats, kind))
+            verdict = verdict.add(compare_perplexity(server, reference, processor, rows[:PERPLEXITY_ROWS], kind))
             if own:
                 scores = score_both(server, reference, processor, chats[:own], config.evaluate.max_new_tokens)
                 verdict = verdict.add(score=scores[0], merged_score=scores[1])
@@ -129,8 +128,9 @@ def compare_probabilities(
 ) -> list[Check]:
     """Compare the distributions of the next tokens along the file's own answers."""
     vocabulary = reference.config.get_text_config().vocab_size
-    prompts = tokenize_texts(chats[:ROWS], processor, answer=False)["input_ids"]
-    said = [continue_tokens(server, ids, PLACES, vocabulary) for ids in prompts]
+    prompts = tokenize_texts(chats, processor, answer=False)["input_ids"]
+    words = getattr(reference.config.get_text_config(), "vocab_size_per_layer_input", vocabulary)
+    said = [cut_media(*continue_tokens(server, ids, PLACES, vocabulary), words) for ids in prompts]
     found = [read_log_probabilities(places, vocabulary) for _, places in said]
     rows = [[*ids, *new[: len(places) - 1]] for ids, (new, places) in zip(prompts, said, strict=True)]
     firsts = [len(ids) - 1 for ids in prompts]
@@ -153,12 +153,18 @@ def compare_probabilities(
     return checks
 
 
-def compare_perplexity(server: Any, reference: Any, rows: list[Row], kind: str) -> Check:
+def cut_media(new: list[int], places: list[Any], words: int) -> tuple[list[int], list[Any]]:
+    """Return a continuation up to its first token that stands for a picture or sound: transformers reads those otherwise."""
+    first = next((place for place, token in enumerate(new) if token >= words), len(new))
+    return new[: first + 1], places[: first + 1]
+
+
+def compare_perplexity(server: Any, reference: Any, processor: Any, rows: list[Row], kind: str) -> Check:
     """Compare the perplexity of the held-out answers, both with llama.cpp's cut-off."""
     vocabulary = reference.config.get_text_config().vocab_size
     with divide_as_llama(reference):
         expected = measure_reference(reference, rows)
-    found = measure_answers(server, rows, vocabulary)[0]
+    found = measure_answers(server, rows, vocabulary, end_tokens(get_tokenizer(processor))[0])[0]
     return at_most("change of perplexity", abs(math.expm1(found - expected)), BOUNDS[kind][1])
 
 

@@ -88,18 +88,28 @@ def write_prompt(server: Any, messages: Messages) -> str:
     return ask_server(server, "/apply-template", {"messages": turns})["prompt"]
 
 
-def continue_tokens(server: Any, ids: list[int], number: int, likely: int) -> tuple[list[int], list[dict[int, float]]]:
-    """Continue a prompt greedily, past the end of the answer if need be.
+def continue_tokens(
+    server: Any, ids: list[int], number: int, likely: int, forced: int | None = None
+) -> tuple[list[int], list[dict[int, float]]]:
+    """Continue a prompt greedily.
 
     Args:
         likely: how many of the most probable next tokens are returned at each place.
+        forced: a token that is said in any case; the probabilities are the model's own all the same.
 
-    Returns the new ids, and for each of them {id: log-probability} of the most probable tokens at its place.
+    Returns the new ids, and for each of them {id: log-probability} of the most probable tokens at its place; both end before
+    the first byte of a character that was not finished, because the server tells such bytes together.
     """
-    request = {"prompt": ids, "n_predict": number, "n_probs": likely, "temperature": 0, "return_tokens": True}
-    answer = ask_server(server, "/completion", {**request, "ignore_eos": False, "cache_prompt": True})
-    places = [{one["id"]: one["logprob"] for one in place["top_logprobs"]} for place in answer["completion_probabilities"]]  # fmt: skip
-    return answer["tokens"], places
+    request: dict[str, Any] = {"prompt": ids, "n_predict": number, "n_probs": likely, "temperature": 0}
+    if forced is not None:
+        request["logit_bias"] = [[forced, 1000.0]]
+    answer = ask_server(server, "/completion", {**request, "return_tokens": True, "cache_prompt": True})
+    told = answer.get("completion_probabilities", [])
+    number = 0
+    while number < min(len(told), len(answer["tokens"])) and told[number]["id"] == answer["tokens"][number]:
+        number += 1
+    places = [{one["id"]: one["logprob"] for one in place["top_logprobs"]} for place in told[:number]]
+    return answer["tokens"][:number], places
 
 
 def read_log_probabilities(places: list[dict[int, float]], vocabulary: int) -> "numpy.ndarray":
@@ -118,11 +128,15 @@ def answer_prompt(server: Any, ids: list[int], max_new_tokens: int) -> str:
     return ask_server(server, "/completion", request)["content"].strip()
 
 
-def measure_answers(server: Any, rows: list[tuple[list[int], list[bool]]], vocabulary: int) -> tuple[float, int]:
+def measure_answers(
+    server: Any, rows: list[tuple[list[int], list[bool]]], vocabulary: int, end: int
+) -> tuple[float, int]:
     """Return (mean negative log-likelihood in nats a token, number of tokens) of the learned tokens of some rows.
 
     Args:
         rows: (ids, learned) as `tokenize_rows` and `mark_learned` give them.
+
+        end: id of a token that is no piece of text, to be said each time: the server would hold back half a character.
 
     One request a token: the server tells the probabilities of what comes next only.
     """
@@ -131,7 +145,7 @@ def measure_answers(server: Any, rows: list[tuple[list[int], list[bool]]], vocab
         for place in (place for place, chosen in enumerate(learned) if chosen):
             found: dict[int, float] = {}
             for likely in (min(LIKELY, vocabulary), vocabulary):
-                found = continue_tokens(server, ids[:place], 1, likely)[1][0]
+                found = continue_tokens(server, ids[:place], 1, likely, end)[1][0]
                 if ids[place] in found:
                     break
             total -= found.get(ids[place], -math.inf)

@@ -11,19 +11,19 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..config import Config
 from ..data.collate import TURN_END, get_tokenizer, render_chats
 from ..data.messages import Messages, get_text, make_message
 from ..errors import ExportError
+from ..run_folder import write_text
 from .card import TERMS
+from .compare import Reference
 from .gguf import export_gguf
 from .gguf_reference import list_chats
+from .gguf_verify import verify_gguf
 from .verdict import Verdict, at_most
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 TEMPLATE = """\
 {{- $system := "" }}
@@ -48,15 +48,21 @@ MINUTES = 30  # `ollama create` reads and copies the whole file
 def export_ollama(
     model: Any, processor: Any, config: Config, folder: Path, scores: dict[str, Any] | None = None
 ) -> Path:
-    """Write a Modelfile for the run's GGUF file, or for one written beside it, and let Ollama take it in where it is installed.
+    """Write a Modelfile for the run's verified GGUF file and let Ollama take it in where it is installed.
 
-    Raises ExportError for a model that llama.cpp cannot run.
+    Without such a file one is written beside the Modelfile; Ollama does not take it in by itself, because it is verified
+    only afterwards. Raises ExportError for a model that llama.cpp cannot run.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = find_gguf(folder) or export_gguf("Q8_0", model, processor, config, folder / "model-Q8_0.gguf")
-    text = write_modelfile(os.path.relpath(file, folder), model, config)
-    (folder / "Modelfile").write_text(text, encoding="utf-8")
-    create_in_ollama(folder, name_model(config))
+    file = find_gguf(folder)
+    own = file or export_gguf("Q8_0", model, processor, config, folder / "model-Q8_0.gguf")
+    text = write_modelfile(os.path.relpath(own, folder), model, config)
+    write_text(folder / "Modelfile", text)
+    command = ["ollama", "create", name_model(config), "-f", "Modelfile"]
+    if file and shutil.which("ollama"):
+        create_in_ollama(folder, command)
+    else:
+        print(f"For Ollama, where the Modelfile stands: {' '.join(command)}")
     return folder
 
 
@@ -99,22 +105,19 @@ def name_model(config: Config) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", Path(config.model.id).name.lower()).strip("-") + "-forgekit"
 
 
-def create_in_ollama(folder: Path, name: str) -> bool:
-    """Run `ollama create` where ollama is installed, and say what to do where it is not or fails. Returns whether it ran."""
-    command = ["ollama", "create", name, "-f", "Modelfile"]
-    if shutil.which("ollama") is None:
-        print(f"Ollama is not installed here; where it is: {' '.join(command)}, in {folder.name}")
-        return False
+def create_in_ollama(folder: Path, command: list[str]) -> bool:
+    """Run `ollama create` and return whether it worked; a failure is told and stops nothing, because the files are whole."""
+    said = " ".join(command)
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60 * MINUTES)
-    except subprocess.TimeoutExpired:
-        print(f"{' '.join(command)} did not end within {MINUTES} minutes; run it again in {folder.name}")
+    except (subprocess.TimeoutExpired, OSError) as error:
+        print(f"{said} did not work: {error}. Run it again where the Modelfile stands.")
         return False
     if done.returncode:
         reason = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()[-1]
-        print(f"{' '.join(command)} failed: {reason}. Start Ollama (ollama serve) and run it again in {folder.name}")
+        print(f"{said} failed: {reason}. Start Ollama (ollama serve) and run it again where the Modelfile stands.")
         return False
-    print(f"Ollama has it: ollama run {name}")
+    print(f"Ollama has it: ollama run {command[2]}")
     return True
 
 
@@ -146,29 +149,33 @@ def read_modelfile(path: Path) -> dict[str, Any]:
     return {"from": source[1], "template": blocks["TEMPLATE"], "license": blocks.get("LICENSE", ""), "parameters": parameters}  # fmt: skip
 
 
-def verify_ollama(model: Any, processor: Any, folder: Path, dataset: "Dataset | None", config: Config) -> Verdict:
+def verify_ollama(trained: Reference, folder: Path, config: Config) -> Verdict:
     """Compare the Modelfile's template and stop token with the training template, on held-out rows and built-in ones.
 
-    The GGUF that it names is verified under its own name in export.formats.
+    A GGUF file of models/quantized was verified there; one beside the Modelfile is verified here.
     """
     found = read_modelfile(folder / "Modelfile")
-    chats = add_systems(list_chats(dataset or (), 25)[0])
-    rendered = render_chats(chats, processor, answer=False)
-    bos = get_tokenizer(processor).bos_token
-    written = [bos + write_as_ollama([{"role": t["role"], "content": get_text(t).strip()} for t in chat[:-1]]) for chat in chats]  # fmt: skip
+    chats = add_systems(list_chats(trained.chats, 25)[0])
+    rendered = render_chats(chats, trained.processor, answer=False)
+    bos = get_tokenizer(trained.processor).bos_token
+    written = [bos + write_as_ollama(trim_turns(chat[:-1])) for chat in chats]
     file = folder / found["from"]
     size = file.stat().st_size if file.is_file() else 0
-    return Verdict(
-        (
-            at_most("GGUF files that are missing", int(not size), 0),
-            at_most("templates that are not the one below", int(found["template"] != TEMPLATE), 0),
-            at_most(f"chats of {len(chats)} written otherwise", sum(map(str.__ne__, rendered, written)), 0),
-            at_most("stop tokens that are missing", int(TURN_END not in found["parameters"].get("stop", "")), 0),
-        ),
-        size,
-        size,
-        rows=len(chats),
+    checks = (
+        at_most("GGUF files that are missing", int(not size), 0),
+        at_most("templates other than Gemma's", int(found["template"] != TEMPLATE), 0),
+        at_most(f"chats of {len(chats)} written otherwise", sum(map(str.__ne__, rendered, written)), 0),
+        at_most("stop tokens that are missing", int(TURN_END not in found["parameters"].get("stop", "")), 0),
     )
+    verdict = Verdict(checks, size, size, rows=len(chats))
+    if size and file.parent == folder:  # written beside the Modelfile, so no other format verified it
+        return verdict.add(*verify_gguf("Q8_0", trained, file, config).checks)
+    return verdict
+
+
+def trim_turns(messages: Messages) -> list[dict[str, str]]:
+    """Return turns as programs send them to Ollama: the trimmed text of each."""
+    return [{"role": turn["role"], "content": get_text(turn).strip()} for turn in messages]
 
 
 def add_systems(chats: list[Messages]) -> list[Messages]:
