@@ -13,7 +13,7 @@ from forgekit.data.samples.orders import load_orders
 from forgekit.export import gguf, gguf_metadata, gguf_verify
 from forgekit.export import model as export_module
 from forgekit.export.compare import Reference
-from forgekit.export.gguf import export_gguf
+from forgekit.export.gguf import export_gguf, write_gguf
 from forgekit.export.gguf_reference import divide_as_llama, list_chats, list_texts, read_reference
 from forgekit.export.gguf_tensors import Tensor
 from forgekit.export.gguf_verify import verify_gguf
@@ -42,12 +42,35 @@ def make_rows(number: int) -> Any:
     )
 
 
-@pytest.fixture
-def learned(make_learned: Any, llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A random model with an adapter that says something, and few rows to compare on."""
+@pytest.fixture(autouse=True)
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare four rows instead of sixteen."""
     monkeypatch.setattr(gguf_verify, "ROWS", 4)
     monkeypatch.setattr(gguf_verify, "PERPLEXITY_ROWS", 4)
-    return make_learned({"model.id": str(llama_folder)})
+
+
+@pytest.fixture(scope="module")
+def learned(llama_folder: Path, orders_file: Path) -> Any:
+    """A random model with an adapter that says something, made once; no test changes it."""
+    return make_learned_model(llama_folder, orders_file)
+
+
+def make_learned_model(folder: Path, orders_file: Path) -> Any:
+    """Returns (model, processor, config); every matrix of the adapter is drawn, none is zero."""
+    import torch
+
+    from forgekit import add_adapter, load_config, load_model
+
+    settings = {"data.path": str(orders_file), "model.id": str(folder), "model.engine": "huggingface"}
+    settings |= {"model.device": "cpu", "model.load_in": "16bit", "adapter.r": 8, "evaluate.max_new_tokens": 8}
+    config = load_config(None, settings)
+    model, processor = load_model(config)
+    model = add_adapter(model, config)
+    generator = torch.Generator().manual_seed(11)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1, generator=generator)
+    return model.eval(), processor, config
 
 
 def find_values(verdict: Verdict) -> dict[str, float]:
@@ -71,35 +94,20 @@ def test_each_kind_is_the_trained_model_within_its_bounds(learned: Any, tmp_path
         assert find_values(verdict)[SAME] < 1e-4
 
 
-def test_four_bit_types_at_hidden_256(
-    make_learned: Any, make_llama_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_four_bit_types_at_hidden_256(make_llama_folder: Any, orders_file: Path, tmp_path: Path) -> None:
     """At smaller widths K types fall back to Q8_0, so this one model is wide enough for blocks of 256."""
-    monkeypatch.setattr(gguf_verify, "ROWS", 4)
-    folder = make_llama_folder(tmp_path / "wide", 256, intermediate_size=256, head_dim=64)
-    verdict = export_and_verify(make_learned({"model.id": str(folder)}), tmp_path / "model-Q4_K_M.gguf", "Q4_K_M")
+    folder = make_llama_folder(tmp_path / "wide", 256, intermediate_size=[256] * 22, head_dim=64)
+    verdict = export_and_verify(make_learned_model(folder, orders_file), tmp_path / "model-Q4_K_M.gguf", "Q4_K_M")
     types = verdict.notes["types"]
     assert types["Q4_K"] > 100 and types["Q6_K"] > 10 and "Q8_0" not in types
     assert verdict.verified, verdict.describe()
 
 
-def zero_adapter(model: Any) -> None:
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.zero_()
-
-
-def test_a_file_without_the_adapter_is_found_out(learned: Any, tmp_path: Path) -> None:
+def test_a_file_without_the_adapter_is_found_out(learned: Any, llama_folder: Path, tmp_path: Path) -> None:
     model, processor, config = learned
-    trained = {name: parameter.data.clone() for name, parameter in model.named_parameters() if "lora_B" in name}
-    zero_adapter(model)
-    export_gguf("F16", model, processor, config, tmp_path / "model-F16.gguf")
-    for name, parameter in model.named_parameters():
-        if name in trained:
-            parameter.data.copy_(trained[name])
-    verdict = verify_gguf("F16", Reference(model, processor, make_rows(4)), tmp_path / "model-F16.gguf", config)
-    failed = {check.name for check in verdict.failed}
-    assert {SAME, "mean KL as a share of the base's"} <= failed
+    path = write_gguf(llama_folder, tmp_path / "model-F16.gguf", "F16", {"name": "x", "base": None, "license": "other"})
+    verdict = verify_gguf("F16", Reference(model, processor, make_rows(4)), path, config)
+    assert {SAME, "mean KL as a share of the base's"} <= {check.name for check in verdict.failed}
 
 
 def test_two_tensors_in_each_others_place_are_found_out(
@@ -158,11 +166,13 @@ def test_a_flipped_byte_is_found_out_before_llama_cpp_reads_it(learned: Any, tmp
 
 
 def test_a_bound_that_fails_keeps_the_file_apart_and_the_run_says_so(
-    learned: Any, make_config: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    learned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, processor, config = learned
     config = config.change({"export.formats": ["gguf:f16", "gguf:q8_0"]}, "test")
     monkeypatch.setitem(gguf_verify.BOUNDS, "Q8_0", (0.0, 0.01))
+    monkeypatch.setenv("FORGEKIT_RUNS", str(tmp_path))
+    monkeypatch.delenv("FORGEKIT_RUN", raising=False)
     run = start_run(config, "apart")
     written = export_model(model, processor, config, run, dataset=make_rows(4))
     assert written == {
@@ -184,22 +194,23 @@ def test_a_bound_that_fails_keeps_the_file_apart_and_the_run_says_so(
     assert "NOT VERIFIED" in capsys.readouterr().out
 
 
-def test_after_4_bit_training_the_merged_model_is_what_the_file_has_to_equal(
-    learned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_after_4_bit_training_the_merged_model_is_what_the_file_has_to_equal(learned: Any, tmp_path: Path) -> None:
     """A reference with 4-bit weights would fail every bound; here the weights in memory are shaken in their place."""
     import torch
 
     model, processor, config = learned
     path = export_gguf("F16", model, processor, config, tmp_path / "model-F16.gguf")
+    before = {name: parameter.data for name, parameter in model.named_parameters() if "base_layer" in name}
     generator = torch.Generator().manual_seed(5)
     for name, parameter in model.named_parameters():
-        if "base_layer" in name:
-            parameter.data.mul_(1 + 0.05 * torch.randn(parameter.shape, generator=generator))
+        if name in before:
+            parameter.data = before[name] * (1 + 0.05 * torch.randn(parameter.shape, generator=generator))
     trained = Reference(model, processor, make_rows(4))
-    assert not verify_gguf("F16", trained, path, config).verified
+    wrong = verify_gguf("F16", trained, path, config)
     verdict = verify_gguf("F16", trained, path, config.change({"model.load_in": "4bit"}, "test"))
-    assert verdict.verified, verdict.describe()
+    for name, parameter in model.named_parameters():
+        parameter.data = before.get(name, parameter.data)
+    assert not wrong.verified and verdict.verified, verdict.describe()
 
 
 def test_the_other_cut_off_is_llama_cpps_and_is_put_back(llama_folder: Path) -> None:
