@@ -18,7 +18,7 @@ from ..errors import ExportError
 if TYPE_CHECKING:
     import torch
 
-CHUNK = 32 * 2**20  # bytes of a tensor that are looked at together
+CHUNK = 8 * 2**20  # bytes of a tensor that are looked at together; about ten times as much is in memory meanwhile
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # those that can be added to
 
 
