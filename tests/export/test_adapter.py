@@ -18,8 +18,7 @@ from forgekit.export.merged import export_merged
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "rslora": {"adapter.use_rslora": True},
-    "dora": {"adapter.use_dora": True},
+    "both": {"adapter.use_rslora": True, "adapter.use_dora": True},
 }
 FRESH = """
 import json, sys

@@ -12,7 +12,7 @@ import pytest
 from forgekit.errors import ExportError
 from forgekit.export.changes import LowRank, Whole, check_mergeable, find_changes, open_change, read_layer
 from forgekit.export.merged import find_shards, match_changes, merge_shards
-from forgekit.export.shard import Tensor, read_header, read_rows, split_rows
+from forgekit.export.shard import Tensor, decode_rows, read_bytes, read_header, split_rows
 
 TEXT = ["attention", "mlp"]
 KINDS: dict[str, dict[str, Any]] = {
@@ -70,11 +70,12 @@ def test_an_embedding_with_length_and_direction_equals_the_layers_own_output(tmp
     layer = model.base_model.model[0]
     for parameter in layer.parameters():
         parameter.data.add_(0.3 * torch.randn(parameter.shape))
-    save_file({"0.weight": layer.base_layer.weight.detach().clone()}, tmp_path / "model.safetensors")
-    tensor = read_header(tmp_path / "model.safetensors")["0.weight"]
-    add = open_change(read_layer("0", layer), tmp_path / "model.safetensors", tensor)
+    file = tmp_path / "model.safetensors"
+    save_file({"0.weight": layer.base_layer.weight.detach().clone()}, file)
+    tensor = read_header(file)["0.weight"]
+    add = open_change(read_layer("0", layer), file, tensor)
     pieces = [
-        add(read_rows(tmp_path / "model.safetensors", tensor, *piece), piece[0]) for piece in split_rows(tensor, 400)
+        add(decode_rows(read_bytes(file, tensor, *piece), file, tensor), piece[0]) for piece in split_rows(tensor, 400)
     ]
     assert len(pieces) > 3
     assert torch.allclose(torch.cat(pieces), layer(torch.arange(50)).detach(), atol=1e-6)

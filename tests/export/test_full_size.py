@@ -12,6 +12,7 @@ from forgekit import load_config
 from forgekit.export import changes, merged, shard
 from forgekit.export.changes import Whole
 from forgekit.export.merged import match_changes, merge_shards
+from forgekit.layer_groups import expand_groups, find_group
 
 MIB = 2**20
 HAS_PEAK = os.access("/proc/self/clear_refs", os.W_OK)
@@ -53,17 +54,19 @@ def test_a_merge_holds_less_than_one_file_in_memory_and_writes_no_more_than_the_
     model, base = large
     files = {file.name: file.stat().st_size for file in base.iterdir()}
     assert len([name for name in files if name.endswith(".safetensors")]) >= 3
+    merge_shards(model, base, tmp_path / "first")  # what libraries take for themselves when they are first used
     growth, disk = measure_growth(model, base, tmp_path / "merged")
     largest = max(files.values())
-    assert growth < largest + 16 * MIB, f"{growth / MIB:.0f} MiB"
+    print(f"grew by {growth / MIB:.0f} MiB, largest file {largest / MIB:.0f} MiB")
+    assert growth < largest
     assert disk == sum(files.values()) and {file.name for file in (tmp_path / "merged").iterdir()} == set(files)
     # mutant: whole tensors at a time
     monkeypatch.setattr(merged, "split_rows", lambda tensor: shard.split_rows(tensor, 2**40))
     growth, _ = measure_growth(model, base, tmp_path / "mutant")
-    assert growth > largest + 16 * MIB
+    assert growth > largest
 
 
-@pytest.mark.parametrize("size", ["E2B", "E4B"])
+@pytest.mark.parametrize("size", ["E2B", pytest.param("E4B", marks=pytest.mark.slow)])
 def test_names_of_the_released_shapes_fit(size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the meta device: every adapted module of every group has its weight in the files; what transformers does not
     load, the keys and values of the sharing layers, stands in the files and is left as it is."""
@@ -92,9 +95,9 @@ def test_names_of_the_released_shapes_fit(size: str, tmp_path: Path, monkeypatch
     write_header(tmp_path / "model.safetensors", sorted(names | unused))
     monkeypatch.setattr(changes, "read_layer", lambda name, layer: Whole(layer.get_base_layer().weight))
     found = match_changes(model, [tmp_path / "model.safetensors"])
-    adapted = {name for name, _ in model.named_modules() if name.endswith((".lora_A", ".lora_embedding_A"))}
-    assert len(found) == len([n for n in adapted if len(model.get_submodule(n))] or adapted) > 400
-    assert found.keys() <= names
+    assert len(found) > 400 and found.keys() <= names
+    groups = {find_group(name.removesuffix(".weight")) for name in found}
+    assert groups == set(expand_groups(tuple(layers)))
 
 
 def write_header(path: Path, names: list[str]) -> None:

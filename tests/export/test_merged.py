@@ -45,7 +45,9 @@ def check_tensors(learned: Any, base: Path, folder: Path) -> None:
     before, after = read_tensors(base), read_tensors(folder)
     assert before.keys() == after.keys()
     adapted = {
-        name.removeprefix("base_model.model.").replace(".lora_A.default", "").replace(".lora_embedding_A.default", ".weight")
+        name.removeprefix("base_model.model.")
+        .replace(".lora_A.default", "")
+        .replace(".lora_embedding_A.default", ".weight")
         for name, _ in learned[0].named_parameters()
         if "lora_A" in name or "lora_embedding_A" in name
     }
@@ -199,7 +201,9 @@ def test_an_adapter_for_weights_that_the_base_lacks_is_refused(
     save_file(
         {name: tensor for name, tensor in tensors.items() if "layers.0.mlp" not in name}, other / "model.safetensors"
     )
-    with pytest.raises(ExportError, match="3 learned weights are not in .*layers.0.mlp.*another model than the one that was trained"):
+    with pytest.raises(
+        ExportError, match="3 learned weights are not in .*layers.0.mlp.*another model than the one that was trained"
+    ):
         merged.merge_shards(model, other, tmp_path / "merged")
 
 
