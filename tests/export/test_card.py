@@ -99,8 +99,8 @@ def test_scores_without_intervals_do_too(make_config: Any, folder: Path, run: Ru
 
 
 def test_gates_stand_with_verdict_and_reason(make_config: Any, folder: Path, run: Run) -> None:
-    gates = [{"name": "model-performance", "passed": False, "reason": "0.01 | 0.02"}]
-    write_json(run.path / "metrics/gates.json", gates)
+    gates = [{"gate": "model-performance", "verdict": "failed", "reason": "0.01 | 0.02", "numbers": {}}]
+    write_json(run.path / "metrics/gates.json", {"held": False, "gates": gates})
     write_card(folder, make_config(), "merged", run=run)
     assert "| model-performance | failed | 0.01 \\| 0.02 |" in read_card(folder)[1]
 

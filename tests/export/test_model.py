@@ -152,11 +152,15 @@ def test_a_format_of_one_file_shares_its_folder(tmp_path: Path) -> None:
         check_absent(target, replace=False)
         with drafted(target) as draft:
             draft.write_bytes(b"weights")
-            Verdict((at_most("a", 0, 1),), 7, 7).save(draft)
+            Verdict((at_most("a", 0, 1),), 7, 8, score=0.9 - len(name) / 100, merged_score=0.9).save(draft)
             settle(draft, target)
         assert place_verdict(target).name == name.replace(".gguf", ".verify.json") and read_verdict(target)
-    names = ["model-F16.gguf", "model-F16.verify.json", "model-Q8_0.gguf", "model-Q8_0.verify.json"]
+    names = ["model-F16.gguf", "model-F16.verify.json", "model-Q8_0.gguf", "model-Q8_0.verify.json", "verify.json"]
     assert sorted(os.listdir(tmp_path / "models" / "quantized")) == names
+    together = read_json(tmp_path / "models" / "quantized" / "verify.json")
+    assert together["verified"] and (together["file_bytes"], together["expected_bytes"]) == (14, 16)
+    assert [check["name"] for check in together["checks"]] == ["model-F16: a", "model-Q8_0: a"]
+    assert together["score"] == pytest.approx(0.75) and together["merged_score"] == 0.9  # of the one that lost more
 
 
 # ---- full disk --------------------------------------------------------------------------------------------------------
