@@ -159,9 +159,7 @@ def describe_gates(run: Run | None) -> list[str]:
     file = run.path / "metrics" / "gates.json" if run else None
     if file is None or not file.is_file():
         return []
-    saved = read_json(file)
-    gates = saved.get("gates", saved) if isinstance(saved, dict) else saved
-    rows = [(g["name"], "passed" if g["passed"] else "failed", g.get("reason", "")) for g in gates]
+    rows = [(gate["gate"], gate["verdict"], gate["reason"]) for gate in read_json(file)["gates"]]
     return write_table(("gate", "verdict", "reason"), rows)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ExportError
-from .shard import Tensor, read_rows, split_rows
+from .shard import Tensor, decode_rows, read_bytes, split_rows
 
 if TYPE_CHECKING:
     import torch
@@ -129,7 +129,7 @@ def check_mergeable(name: str, layer: Any, unknown: tuple[type, ...]) -> None:
 
 
 def open_change(change: Change, path: Path, tensor: Tensor) -> Add:
-    """Return a function: (float32 rows of the base, number of the first) -> the changed rows.
+    """Return a function: (float32 rows of the base, number of the first) -> the changed rows, which may be the given ones.
 
     Raises ExportError when the change is of another shape than the tensor of the base.
     """
@@ -142,18 +142,18 @@ def open_change(change: Change, path: Path, tensor: Tensor) -> Add:
     check_shape((change.left.shape[0], change.right.shape[1]), tensor, path, flat=True)
 
     def add(rows: "torch.Tensor", first: int) -> "torch.Tensor":
-        return rows + change.left[first : first + len(rows)] @ change.right
+        return rows.addmm_(change.left[first : first + len(rows)], change.right)
 
     if change.lengths is None:
         return add
     lengths = change.lengths
     if change.columns:
         factor = lengths / measure_columns(add, path, tensor)
-        return lambda rows, first: add(rows, first) * factor
+        return lambda rows, first: add(rows, first).mul_(factor)
 
     def scale(rows: "torch.Tensor", first: int) -> "torch.Tensor":
         total = add(rows, first)
-        return total * (lengths[first : first + len(rows)] / total.norm(dim=1)).unsqueeze(1)
+        return total.mul_((lengths[first : first + len(rows)] / total.norm(dim=1)).unsqueeze(1))
 
     return scale
 
@@ -161,7 +161,7 @@ def open_change(change: Change, path: Path, tensor: Tensor) -> Add:
 def measure_columns(add: Add, path: Path, tensor: Tensor) -> "torch.Tensor":
     """Return the length of each column of the sum, which a first pass over all rows has to find."""
     squares = sum(
-        add(read_rows(path, tensor, first, last).float(), first).double().square().sum(0)
+        add(decode_rows(read_bytes(path, tensor, first, last), path, tensor), first).double().square().sum(0)
         for first, last in split_rows(tensor)
     )
     assert not isinstance(squares, int)

@@ -17,7 +17,7 @@ from ..errors import ExportError
 from ..hardware import GIB, free_disk
 from ..model.load import find_model
 from .changes import Change, find_changes, open_change
-from .shard import Tensor, encode_rows, read_header, read_rows, split_rows
+from .shard import Tensor, decode_rows, encode_rows, read_bytes, read_header, split_rows
 
 BESIDE = ("config.json", "generation_config.json", "model.safetensors.index.json")
 
@@ -115,13 +115,13 @@ def write_shard(shard: Path, target: Path, changes: dict[str, Change]) -> int:
     return len(changed)
 
 
-def change_tensor(shard: Path, tensor: Tensor, change: Change) -> Iterator[tuple[int, bytes, bytes]]:
+def change_tensor(shard: Path, tensor: Tensor, change: Change) -> Iterator[tuple[int, bytearray, bytes]]:
     """Yield (place in the file, bytes of the base, bytes of the merged model), some rows at a time."""
     add = open_change(change, shard, tensor)
     for first, last in split_rows(tensor):
-        rows = read_rows(shard, tensor, first, last)
+        before = read_bytes(shard, tensor, first, last)
         place = tensor.start + first * (tensor.bytes // tensor.rows)
-        yield place, encode_rows(rows, tensor), encode_rows(add(rows.float(), first), tensor)
+        yield place, before, encode_rows(add(decode_rows(before, shard, tensor), first), tensor)
 
 
 def match_changes(model: Any, shards: list[Path]) -> dict[str, Change]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..errors import ExportError
 from ..run_folder import share_files, shorten_path
-from .verdict import place_verdict
+from .verdict import place_verdict, write_summary
 
 UNVERIFIED = "unverified"
 
@@ -62,6 +62,7 @@ def settle(draft: Path, target: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         for file in sorted(draft.parent.iterdir()):
             os.replace(file, target.parent / file.name)
+        write_summary(target.parent)
         return target
     old = target.parent / f".{target.name}.old"
     shutil.rmtree(old, ignore_errors=True)

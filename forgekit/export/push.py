@@ -59,7 +59,7 @@ def push_exports(exports: dict[str, Path], config: Config, api: Any = None) -> d
             )
             upload(repo_id=repository, commit_message=f"{name} written and verified by forgekit", **where)
         except (HfHubHTTPError, OSError, ValueError) as error:
-            said = str(error).splitlines()[0].replace(token, "...") if str(error) else type(error).__name__
+            said = str(error).splitlines()[0].replace(token, "(token)") if str(error) else type(error).__name__
             raise ExportError(
                 f"export.push: {name} could not be uploaded to {repository}: {said.rstrip('.')}. What was written here stays; call export_model "
                 "again with export.replace: true, or upload the folder with `hf upload`."

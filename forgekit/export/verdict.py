@@ -87,3 +87,23 @@ def read_verdict(path: Path) -> dict[str, Any] | None:
     """Return what verify.json of an export says, or None where there is none."""
     file = place_verdict(path)
     return read_json(file) if file.is_file() else None
+
+
+def write_summary(folder: Path) -> None:
+    """Write verify.json of a folder whose files have a verdict each: verified when all are, sizes added up.
+
+    The scores are those of the file that lost most against the merged model.
+    """
+    found = {file.name.removesuffix(".verify.json"): read_json(file) for file in sorted(folder.glob("*.verify.json"))}
+    checks = [
+        {**check, "name": f"{name}: {check['name']}"} for name, saved in found.items() for check in saved["checks"]
+    ]
+    summary: dict[str, Any] = {"verified": all(saved["verified"] for saved in found.values()), "checks": checks}
+    summary |= {key: sum(saved[key] for saved in found.values()) for key in ("file_bytes", "expected_bytes")}
+    scored = [
+        saved for saved in found.values() if saved.get("score") is not None and saved.get("merged_score") is not None
+    ]
+    if scored:
+        worst = max(scored, key=lambda saved: abs(saved["merged_score"] - saved["score"]))
+        summary |= {"score": worst["score"], "merged_score": worst["merged_score"]}
+    write_json(folder / "verify.json", summary)
