@@ -163,7 +163,7 @@ def append_tensors(path: Path, plan: list[tuple[Tensor, Any]]) -> None:
             step = max(1, CHUNK * tensor.shape[0] // max(1, size))
             for start in range(0, tensor.shape[0], step):
                 rows = tensor.rows(start, min(start + step, tensor.shape[0]))
-                file.write(seal.add(memoryview(quantize(rows, type)).cast("B")))
+                file.write(seal.add(quantize(rows, type).tobytes()))
             file.write(seal.add(bytes(-size % ALIGNMENT)))
         seal.close(file)
         file.flush()

@@ -6,16 +6,19 @@ rounding can be told from it, the reference is asked both ways.
 """
 
 import contextlib
+import math
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from ..data.collate import Markers, get_tokenizer, mark_learned, tokenize_texts
 from ..data.messages import Messages, get_text
-from ..evaluate.generate import inference
+from ..evaluate.generate import end_tokens, inference
 from ..evaluate.scores import autocast
 from .compare import choose_rows
+from .llama import measure_answers, open_gguf
 
 if TYPE_CHECKING:
     import numpy
@@ -86,7 +89,8 @@ def list_chats(rows: list[Messages], number: int) -> tuple[list[Messages], int]:
     ask the same. A few chats in words fill up.
     """
     built_in = choose_rows(None)
-    whole, cut = [], []
+    whole: list[Messages] = []
+    cut: list[Messages] = []
     for row in rows:
         chat = [{**turn, "content": [part for part in turn["content"] if part["type"] == "text"]} for turn in row]
         if all(get_text(turn).strip() for turn in chat) and row not in built_in:
@@ -122,3 +126,16 @@ def measure_reference(model: Any, rows: list[Row]) -> float:
         if learned[place]
     ]
     return -float(sum(found)) / len(found)
+
+
+def measure_perplexity(path: Path | str, processor: Any, chats: list[Messages]) -> float:
+    """Return the perplexity of the chats' answers to a GGUF file, through llama.cpp: exp of the mean loss in nats a token.
+
+    Args:
+        processor: the one of training; the chats are cut into tokens by it, so that other precisions see the same ones.
+        chats: held-out rows; what is no text in them is left out.
+    """
+    rows = mark_rows(list_chats(chats, len(chats))[0], processor)
+    with open_gguf(path, max(len(ids) for ids, _ in rows) + 8) as server:
+        end, size = end_tokens(get_tokenizer(processor))[0], len(get_tokenizer(processor))
+        return math.exp(measure_answers(server, rows, size, end)[0])

@@ -73,6 +73,19 @@ def make_learned_model(folder: Path, orders_file: Path) -> Any:
     return model.eval(), processor, config
 
 
+def test_the_perplexity_of_a_file_is_the_models(learned: Any, tmp_path: Path) -> None:
+    import math
+
+    from forgekit.evaluate.scores import measure_loss
+    from forgekit.export.gguf_reference import measure_perplexity
+
+    model, processor, config = learned
+    chats = [row["messages"] for row in make_rows(3)]
+    expected = math.exp(measure_loss(model, processor, chats, 3)[0])
+    found = measure_perplexity(export_gguf("F16", *learned, tmp_path / "model-F16.gguf"), processor, chats)
+    assert found == pytest.approx(expected, rel=1e-2) and expected > 50
+
+
 def find_values(verdict: Verdict) -> dict[str, float]:
     return {check.name: check.value for check in verdict.checks}
 
@@ -185,9 +198,11 @@ def test_a_bound_that_fails_keeps_the_file_apart_and_the_run_says_so(
         "quantized/README.md",
         "quantized/model-F16.gguf",
         "quantized/model-F16.verify.json",
+        "quantized/verify.json",
         "unverified/quantized/README.md",
         "unverified/quantized/model-Q8_0.gguf",
         "unverified/quantized/model-Q8_0.verify.json",
+        "unverified/quantized/verify.json",
     ]
     verdict = json.loads((run.path / "models/quantized/model-F16.verify.json").read_text())
     assert verdict["verified"] and verdict["types"]["F16"] > 100 and verdict["score"] == verdict["merged_score"] == 0
