@@ -102,21 +102,15 @@ def write_gguf(source: Path, path: Path, kind: str, about: dict[str, Any]) -> Pa
 
     Raises ExportError for a model that llama.cpp cannot run, and for too little disk.
     """
-    from gguf import GGUFWriter
-
     settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
     check_architecture(settings)
     layers = settings.get("text_config", settings)["num_hidden_layers"]
     plan = [(tensor, choose_type(tensor.name, tensor.shape, kind, layers)) for tensor in plan_tensors(source, settings)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    check_space(sum(stored_bytes(tensor.shape, type) for tensor, type in plan), path.parent)
+    check_room(plan, path)
     temporary = path.with_name(f".{path.name}.part")
     try:
-        writer = GGUFWriter(temporary, "gemma3n")
-        add_blank_seal(writer)
-        add_metadata(writer, source, settings, kind, about)
-        add_tensor_list(writer, plan)
-        write_header(writer)
+        with start_file(temporary, "gemma3n", plan) as writer:
+            add_metadata(writer, source, settings, kind, about)
         append_tensors(temporary, plan)
         os.replace(temporary, path)
     finally:
@@ -124,8 +118,21 @@ def write_gguf(source: Path, path: Path, kind: str, about: dict[str, Any]) -> Pa
     return path
 
 
-def write_header(writer: "GGUFWriter") -> None:
-    """Write metadata and the list of tensors, and close the file."""
+def check_room(plan: list[tuple[Tensor, Any]], path: Path) -> None:
+    """Make the file's folder. Raises ExportError when the disk is too small."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    check_space(sum(stored_bytes(tensor.shape, type) for tensor, type in plan), path.parent)
+
+
+@contextlib.contextmanager
+def start_file(path: Path, architecture: str, plan: list[tuple[Tensor, Any]]) -> Iterator["GGUFWriter"]:
+    """Yield a gguf.GGUFWriter for metadata; behind the block the file holds them and the list of tensors."""
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(path, architecture)
+    add_blank_seal(writer)
+    yield writer
+    add_tensor_list(writer, plan)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

@@ -12,10 +12,11 @@ def add_metadata(writer: Any, folder: Path, settings: dict[str, Any], kind: str,
     """Add every field to a gguf.GGUFWriter.
 
     Args:
-        folder: the merged model: tokenizer.json and chat_template.jsonl are read from it.
+        folder: the merged model: tokenizer.json and chat_template.jinja are read from it.
         settings: its config.json.
         about: name, base (a Hub id or None), license.
     """
+    writer.add_type("model")
     add_description(writer, kind, about)
     add_shape(writer, settings.get("text_config", settings))
     add_tokenizer(writer, folder, settings.get("text_config", settings)["vocab_size"])
@@ -25,7 +26,6 @@ def add_description(writer: Any, kind: str, about: dict[str, Any]) -> None:
     """Add what a person reads: name, base, licence, and the kind of file."""
     from gguf import LlamaFileType
 
-    writer.add_type("model")
     writer.add_name(about["name"])
     writer.add_finetune("forgekit")
     writer.add_license(about["license"])

@@ -22,7 +22,7 @@ from forgekit.export.verdict import Verdict
 SAME = "mean KL with llama.cpp's cut-off, nats a token"
 
 
-def make_rows(number: int) -> Any:
+def make_rows(number: int, answer: Any = lambda order: order["item"]) -> Any:
     from datasets import Dataset
 
     return Dataset.from_list(
@@ -32,7 +32,7 @@ def make_rows(number: int) -> Any:
                     {
                         "messages": [
                             {"role": "user", "content": row["message"]},
-                            {"role": "assistant", "content": row["order"]["item"]},
+                            {"role": "assistant", "content": answer(row["order"])},
                         ]
                     }
                 )
@@ -55,7 +55,7 @@ def learned(llama_folder: Path, orders_file: Path) -> Any:
     return make_learned_model(llama_folder, orders_file)
 
 
-def make_learned_model(folder: Path, orders_file: Path) -> Any:
+def make_learned_model(folder: Path, orders_file: Path, size: float = 0.1) -> Any:
     """Returns (model, processor, config); every matrix of the adapter is drawn, none is zero."""
     import torch
 
@@ -69,7 +69,7 @@ def make_learned_model(folder: Path, orders_file: Path) -> Any:
     generator = torch.Generator().manual_seed(11)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            parameter.data.normal_(0, 0.1, generator=generator)
+            parameter.data.normal_(0, size, generator=generator)
     return model.eval(), processor, config
 
 
@@ -90,10 +90,10 @@ def find_values(verdict: Verdict) -> dict[str, float]:
     return {check.name: check.value for check in verdict.checks}
 
 
-def export_and_verify(learned: Any, path: Path, kind: str = "F16") -> Verdict:
+def export_and_verify(learned: Any, path: Path, kind: str = "F16", rows: Any = None) -> Verdict:
     model, processor, config = learned
     export_gguf(kind, model, processor, config, path)
-    return verify_gguf(kind, Reference(model, processor, make_rows(4)), path, config)
+    return verify_gguf(kind, Reference(model, processor, rows or make_rows(4)), path, config)
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
@@ -110,7 +110,8 @@ def test_each_kind_is_the_trained_model_within_its_bounds(learned: Any, tmp_path
 def test_four_bit_types_at_hidden_256(make_llama_folder: Any, orders_file: Path, tmp_path: Path) -> None:
     """At smaller widths K types fall back to Q8_0, so this one model is wide enough for blocks of 256."""
     folder = make_llama_folder(tmp_path / "wide", 256, intermediate_size=[256] * 22, head_dim=64)
-    verdict = export_and_verify(make_learned_model(folder, orders_file), tmp_path / "model-Q4_K_M.gguf", "Q4_K_M")
+    learned = make_learned_model(folder, orders_file, 0.05)
+    verdict = export_and_verify(learned, tmp_path / "model-Q4_K_M.gguf", "Q4_K_M", make_rows(4, json.dumps))
     types = verdict.notes["types"]
     assert types["Q4_K"] > 100 and types["Q6_K"] > 10 and "Q8_0" not in types
     assert verdict.verified, verdict.describe()
@@ -183,7 +184,7 @@ def test_a_bound_that_fails_keeps_the_file_apart_and_the_run_says_so(
 ) -> None:
     model, processor, config = learned
     config = config.change({"export.formats": ["gguf:f16", "gguf:q8_0"]}, "test")
-    monkeypatch.setitem(gguf_verify.BOUNDS, "Q8_0", (0.0, 0.01))
+    monkeypatch.setitem(gguf_verify.BOUNDS, "Q8_0", (0.0, 0.01, 0.5))
     monkeypatch.setenv("FORGEKIT_RUNS", str(tmp_path))
     monkeypatch.delenv("FORGEKIT_RUN", raising=False)
     run = start_run(config, "apart")
