@@ -249,7 +249,14 @@ def test_distance_is_that_of_the_formula() -> None:
     p, q = a.double().softmax(-1), b.double().softmax(-1)
     assert distance.divergence == pytest.approx(float((p * (p / q).log()).sum() / 5), rel=1e-5)
     assert distance.largest == pytest.approx(float((a - b).abs().max()))
-    assert distance.agreement == int((a.argmax(-1) == b.argmax(-1)).sum()) / 5
+
+
+def test_a_tie_is_no_disagreement_and_anything_wider_is() -> None:
+    import torch
+
+    first = torch.tensor([[1.0, 0.9, 0.0], [1.0, 0.8, 0.0], [1.0, 0.0, 0.0]])
+    second = torch.tensor([[0.9, 1.0, 0.0], [0.8, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    assert measure_distance([first], [second]).agreement == pytest.approx(2 / 3)
 
 
 def test_a_missing_number_or_another_size_is_infinitely_far() -> None:
