@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import Config
 from ..errors import ConfigError, ModelError
 from ..layer_groups import TOWERS, find_tower
+from ..model.bases import is_same_base
 from ..model.load import choose_unsloth_checkpointing, start_engine
 from ..model.shapes import count_weights, read_shapes
 from ..run_folder import Run, write_text
@@ -118,6 +119,12 @@ def load_adapter_weights(model: Any, folder: Path) -> None:
         for name in ("r", "lora_alpha", "use_rslora", "use_dora")
         if getattr(now, name) != saved.get(name, False)  # older PEFT wrote no use_rslora and use_dora
     ]
+    made_for, base = saved.get("base_model_name_or_path"), now.base_model_name_or_path
+    if made_for and base and not is_same_base(made_for, base):
+        problems = [
+            f"adapter.path: the adapter in {folder} was trained on {made_for}, and model.id is {base}: on that base it would mean "
+            f"something else. Set model.id: {made_for}."
+        ]
     tensors = load_file(weights)
     if not problems and tensors.keys() != get_peft_model_state_dict(model).keys():
         problems = [f"adapter.layers chooses other modules than the adapter in {folder} has ({len(tensors)} tensors)."]

@@ -8,9 +8,9 @@ from typing import Any
 
 from ..config import Config, load_config
 from ..errors import ExportError
-from ..model.load import BUILT_IN, find_model, load_model
+from ..model.bases import is_same_base
+from ..model.load import load_model
 from ..run_folder import shorten_path
-from .bases import is_same_base
 from .merged import check_space
 
 
@@ -71,22 +71,11 @@ def compare_adapter(model: Any, folder: Path) -> None:
 def check_saved_base(saved: dict[str, Any], folder: Path, config: Config) -> None:
     """Raise ExportError with both names when a saved adapter is of another base than the recipe's."""
     made_for = saved.get("base_model_name_or_path")
-    if (
-        made_for
-        and made_for != config.model.id
-        and not is_same_base(resolve_model(made_for, config), find_model(config))
-    ):
+    if made_for and not is_same_base(made_for, config.model.id):
         raise ExportError(
             f"The adapter in {shorten_path(folder)} was trained on {made_for}, and the recipe's model.id is {config.model.id}: on that base it would "
             f"mean something else. Load it with model.id: {made_for}, or without a config."
         )
-
-
-def resolve_model(name: str, config: Config) -> str:
-    """Return what a base's name stands for here: a folder, or itself."""
-    if name not in BUILT_IN and not Path(name).expanduser().is_dir():
-        return name
-    return find_model(config.change({"model.id": name}, "export"))
 
 
 def load_export(folder: Path | str, config: Config | None = None) -> tuple[Any, Any]:

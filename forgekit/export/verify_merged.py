@@ -20,7 +20,9 @@ from .verify_adapter import EFFECT, FLOAT32_MERGED, compare_logits, compare_proc
 if TYPE_CHECKING:
     from .compare import Logits
 
-KEPT = 0.5  # divergence from the trained model that is left at most, as a share of the base's
+# divergence from the trained model that is left at most, as a share of the base's; the second where the trained model is held
+# in 16, 8 or 4 bit: worst seen 0.54, two steps into training (benchmarks/README.md)
+KEPT, KEPT_HALF = 0.5, 0.9
 
 
 def verify_merged(reference: Reference, folder: Path, config: Config) -> Verdict:
@@ -35,11 +37,13 @@ def verify_merged(reference: Reference, folder: Path, config: Config) -> Verdict
     checks += compare_processor(reference, folder)
     expected = read_unpacked(reference, config) if is_packed(model) else trained
     found, error = read_folder(reference, folder, config)
-    checks += compare_logits(expected, found, exact and is_float32(model), FLOAT32_MERGED)
+    checks += compare_logits(model, expected, found, FLOAT32_MERGED if exact and is_float32(model) else None)
     if base is not None:
         effect = measure_distance(trained, base)
         left = measure_distance(trained, found).divergence / max(effect.divergence, 1e-12)
-        checks.append(at_most("divergence left, as a share of the base's", left, 1.0 if is_packed(model) else KEPT))
+        checks.append(
+            at_most("divergence left, as a share of the base's", left, KEPT if is_float32(model) else KEPT_HALF)
+        )
         checks.append(at_least("difference from the base, logits", measure_distance(found, base).largest, EFFECT))
     notes = {"error": error} if error else {}
     return Verdict(tuple(checks), size, wanted, len(trained), reference.tokens, notes=notes)

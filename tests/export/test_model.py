@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from forgekit import add_adapter, export_model, load_export, load_model, start_run
-from forgekit.errors import ExportError
+from forgekit.errors import ConfigError, ExportError
 from forgekit.export import checks, merged
 from forgekit.export import model as module
-from forgekit.export.bases import clean_hub_name
 from forgekit.export.checks import check_base
 from forgekit.export.formats import FORMATS, find_format
 from forgekit.export.place import check_absent, drafted, settle
 from forgekit.export.verdict import Verdict, at_least, at_most, place_verdict, read_verdict
+from forgekit.model.bases import clean_hub_name
 from forgekit.run_folder import read_json
 from forgekit.settings import Export
 
@@ -245,6 +245,11 @@ def test_an_adapter_of_another_base(make_learned: Any, tiny_folder: Path) -> Non
         load_export(folder, other)
     check_message(caught, f"trained on {tiny_folder}", "the recipe's model.id is tiny")
     load_export(folder, config)
+    edited = (folder / "adapter_config.json").read_text(encoding="utf-8").replace(str(tiny_folder), "tiny")
+    (folder / "adapter_config.json").write_text(edited, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        add_adapter(load_model(config)[0], config.change({"adapter.path": str(folder)}))
+    check_message(caught, "trained on tiny, and model.id is ", str(tiny_folder))
 
 
 @pytest.mark.parametrize(
