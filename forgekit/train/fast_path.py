@@ -13,6 +13,8 @@ from .row_skip import wrap_forward, wrap_text
 from .rows import Rows
 
 KINDS = ("Gemma3nForConditionalGeneration", "Gemma3nForCausalLM")
+# filling products up to handy sizes is tried out by length, after which a graph serves some lengths only
+COMPILER = {"shape_padding": False}
 NAME = "_forgekit_fast_path"  # where the model keeps its FastPath
 
 
@@ -42,7 +44,7 @@ class FastPath:
         if not self.compiled:
             return function
         if function not in self.steps:
-            self.steps[function] = torch.compile(function)
+            self.steps[function] = torch.compile(function, options=COMPILER)
         return self.steps[function]
 
     def count(self, rows: Rows) -> None:
@@ -128,6 +130,9 @@ def enable_fast_path(
     )  # fmt: skip
     if compiled:  # the kinds of layers and of attention stand behind the same few functions
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        torch._dynamo.config.specialize_float = (
+            True  # a layer's sparsity is a fixed number, and tried as a variable first
+        )
     vars(base)[NAME] = path
     base.forward = types.MethodType(wrap_forward(base.forward, path), base)
     text.forward = types.MethodType(wrap_text(text.forward, path), text)

@@ -12,6 +12,9 @@ import torch.utils.checkpoint
 
 GIB = 2**30
 RESERVE = 2 * GIB  # of the GPU's memory: chunks of logits, one layer's backward, the optimiser
+# Layers that are computed again together when nothing is kept. With n layers in groups of k, the start of n / k groups is kept, and
+# the work of k layers exists at once; a layer of E2B works on 4.5 times the bytes of its start (benchmarks/README.md), so 2 is best.
+SPAN = 2
 SHARE = 0.9  # of the GPU's memory that "auto" plans with; the rest is for fragments
 
 
@@ -39,6 +42,11 @@ class Memory:
     seen: dict[Any, float] = field(default_factory=dict)  # step -> bytes a row
     kept: int = 0
     again: int = 0
+
+    @property
+    def span(self) -> int:
+        """Layers that are run, and kept or not, together; a budget is spent layer by layer."""
+        return SPAN if self.limit == 0 else 1
 
     def run(self, step: Callable[..., Any], key: Any, rows: int, *arguments: Any) -> Any:
         """Run a step on so many rows; `key` names steps that keep the same bytes a row."""
