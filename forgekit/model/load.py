@@ -180,7 +180,7 @@ def load_model(config: Config) -> tuple["PreTrainedModel", Any]:
 
     dtype, name = choose_dtype(config), find_weights(config)
     print(
-        f"Loading {config.model.id}: {engine}, {config.model.load_in}, {str(dtype).removeprefix('torch.')}, {detect_hardware()}"
+        f"Loading {config.model.id}{' (its slice)' if config.model.slice else ''}: {engine}, {config.model.load_in}, {str(dtype).removeprefix('torch.')}, {detect_hardware()}"
     )
     try:
         with hide_progress_bars():

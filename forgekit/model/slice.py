@@ -41,7 +41,7 @@ def slice_checkpoint(config: Config, folder: str | Path) -> Path:
     path = find_checkpoint(config)
     plan = read_plan(path, config)
     print(f"Slicing {plan}.", flush=True)
-    write_slice(path, folder, plan)
+    write_slice(path, folder, plan, config)
     return folder
 
 
@@ -91,7 +91,7 @@ def check_family(settings: dict[str, Any], source: str) -> None:
         raise ModelError(f"{source} holds quantised weights, which cannot be cut. Slice the 16-bit checkpoint.")
 
 
-def write_slice(path: Path, folder: Path, plan: SlicePlan) -> None:
+def write_slice(path: Path, folder: Path, plan: SlicePlan, config: Config) -> None:
     """Write a slice into a temporary folder beside `folder`, and give it that name when it is whole."""
     from safetensors import SafetensorError
 
@@ -103,7 +103,7 @@ def write_slice(path: Path, folder: Path, plan: SlicePlan) -> None:
         write_shards(pieces, temporary)
         copy_beside(path, temporary)
         write_json(temporary / "config.json", change_config(path / "config.json", plan))
-        write_json(temporary / RECORD, describe_slice(plan))
+        write_json(temporary / RECORD, describe_slice(plan, config))
         share_files(temporary)
         os.rename(temporary, folder)
     except (OSError, SafetensorError) as error:
@@ -136,14 +136,16 @@ def copy_beside(path: Path, folder: Path) -> None:
 def change_config(path: Path, plan: SlicePlan) -> dict[str, Any]:
     """Return the source's config.json with the slice's fields; all others stay as they were written."""
     settings = json.loads(path.read_text(encoding="utf-8"))
-    settings.get("text_config", settings).update(plan.settings)
+    text = settings if settings["model_type"] == "gemma3n_text" else settings.setdefault("text_config", {})
+    text.update(plan.settings)
     return settings
 
 
-def describe_slice(plan: SlicePlan) -> dict[str, Any]:
+def describe_slice(plan: SlicePlan, config: Config) -> dict[str, Any]:
     """Return what slice.json says: the source, and of each layer the source's number and the width."""
     return {
         "source": plan.source,
+        "revision": config.model.revision,
         "layers": list(plan.layers),
         "skipped": list(plan.skipped),
         "widths": list(plan.widths),
@@ -166,7 +168,7 @@ def make_slice(config: Config) -> Path:
     if not folder.exists():
         print(f"Slicing {plan}.\nMade once, into {folder}", flush=True)
         try:
-            write_slice(path, folder, plan)
+            write_slice(path, folder, plan, config)
         except ModelError:
             if not folder.exists():  # another process may have finished the same slice first
                 raise
