@@ -12,14 +12,10 @@ from forgekit.data.lines import parse_row
 from forgekit.data.read import find_source, is_file_name, open_file
 from forgekit.errors import DataError
 
+pytestmark = pytest.mark.usefixtures("own_folder")
+
 ROWS = [{"prompt": "1?", "completion": "2"}, {"prompt": "größer\n😀?", "completion": 'ja, "sehr"'}]
 LINES = [json.dumps(row, ensure_ascii=False) for row in ROWS]
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def write(name: str, content: str | bytes) -> Path:

@@ -106,7 +106,9 @@ def test_compiled_steps_serve_every_length_with_the_same_few_graphs(small: Any, 
         graphs.append(graph)
         return torch._dynamo.backends.debugging.aot_eager(graph, inputs)
 
-    monkeypatch.setattr(torch, "compile", lambda function, **_: compile_function(function, backend=count, fullgraph=True))
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **_: compile_function(function, backend=count, fullgraph=True)
+    )
     model = small.add_lora(small.text_model())
     for seed, memory in enumerate(["low", "high", "high", "low"]):
         batch = small.draw_batch(20 + seed)
@@ -116,7 +118,9 @@ def test_compiled_steps_serve_every_length_with_the_same_few_graphs(small: Any, 
         assert path and path.batches == 1
         disable_fast_path(model)
         after_first = after_first or len(graphs)
-    assert len(graphs) == after_first  # lower layers sparse and dense, the source's keys, upper layers, logits: once for all lengths
+    assert (
+        len(graphs) == after_first
+    )  # lower layers sparse and dense, the source's keys, upper layers, logits: once for all lengths
 
 
 def test_every_row_learned_and_one_token_learned(small: Any, text_model: Any) -> None:
