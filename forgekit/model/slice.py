@@ -38,23 +38,26 @@ def slice_checkpoint(config: Config, folder: str | Path) -> Path:
     if folder.exists():
         raise ModelError(f"{folder} exists, and nothing is written over. Name another folder, or move this one away.")
     prepare_libraries(config)
-    path = find_checkpoint(config)
-    plan = read_plan(path, config)
+    plan = read_plan(find_checkpoint(config, "config.json"), config)
     print(f"Slicing {plan}.", flush=True)
-    write_slice(path, folder, plan, config)
+    write_slice(find_checkpoint(config), folder, plan, config)
     return folder
 
 
-def find_checkpoint(config: Config) -> Path:
-    """Return the folder with all files of `model.id`: its own, or the Hub's copy on this machine, fetched when needed."""
+def find_checkpoint(config: Config, *files: str) -> Path:
+    """Return the folder of `model.id`: its own, or the Hub's copy on this machine, fetched when needed.
+
+    Args:
+        files: what has to be there; none: all. A combination is refused by config.json, before gigabytes are fetched.
+    """
     name = find_model(config)
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", *(f"*{ending}" for ending in BESIDE)]
+    patterns = files or ("*.safetensors", *(f"*{ending}" for ending in BESIDE))
     try:
-        return Path(snapshot_download(name, revision=config.model.revision, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=config.model.revision, allow_patterns=list(patterns)))
     except (OSError, ValueError) as error:
         raise explain_load_error(config, error) from error
 
@@ -162,8 +165,8 @@ def make_slice(config: Config) -> Path:
     The folder's name holds a hash of the source's files (place, size, time) and of what is kept, so that a changed source is
     sliced anew. It is as large as the sliced model, and stays until somebody deletes it.
     """
+    plan = read_plan(find_checkpoint(config, "config.json"), config)
     path = find_checkpoint(config)
-    plan = read_plan(path, config)
     folder = cache_folder() / "slices" / name_folder(path, plan)
     if not folder.exists():
         print(f"Slicing {plan}.\nMade once, into {folder}", flush=True)

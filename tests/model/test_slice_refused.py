@@ -107,3 +107,32 @@ def test_a_slice_that_fails_half_way_leaves_nothing(
     with pytest.raises(ModelError, match=r"out cannot be written: .*No space left on device. Nothing of it is left"):
         slice_checkpoint(make_sliced(HALF), tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_hub_checkpoint_is_refused_by_its_config_before_its_weights_are_fetched(
+    make_sliced: Callable, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    fetched = []
+
+    def fetch(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        fetched.append((name, revision, allow_patterns))
+        return str(source)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    hub = {"model.id": "some/gemma-3n", "model.revision": "abc"}
+    with pytest.raises(
+        ModelError, match=r"some/gemma-3n cannot be sliced so: layer 5 has to stay, because layers 8,11 use"
+    ):
+        slice_checkpoint(make_sliced({"skip": "5"}, **hub), tmp_path / "out")
+    assert fetched == [("some/gemma-3n", "abc", ["config.json"])]
+    folder = slice_checkpoint(make_sliced(HALF, **hub), tmp_path / "out")
+    assert [patterns[0] for *_, patterns in fetched[1:]] == ["config.json", "*.safetensors"]
+    record = json.loads((folder / "slice.json").read_text())
+    assert (record["source"], record["revision"]) == ("some/gemma-3n", "abc")
+
+
+def test_a_hub_checkpoint_that_cannot_be_had_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["slice", "some/gemma-3n", str(tmp_path / "out"), "--preset", "e2b"]) == 1
+    assert "forgekit: model.id: some/gemma-3n cannot be loaded: " in capsys.readouterr().err
