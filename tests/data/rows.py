@@ -1,10 +1,13 @@
-"""Rows that tests write and read back: sums, whose number says which row it is."""
+"""Rows that tests write and read back: sums, whose number says which row it is, and two that test the writing."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from forgekit.data.messages import get_text
+
+ROWS = [{"prompt": "1?", "completion": "2"}, {"prompt": "größer\n😀?", "completion": 'ja, "sehr"'}]
+LINES = [json.dumps(row, ensure_ascii=False) for row in ROWS]
 
 
 def make_pairs(count: int, first: int = 0) -> list[dict[str, str]]:
@@ -16,6 +19,11 @@ def write_rows(rows: list[Any], name: str = "rows.jsonl") -> None:
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     Path(name).parent.mkdir(parents=True, exist_ok=True)
     Path(name).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def write_file(name: str, content: str | bytes) -> Path:
+    Path(name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return Path(name)
 
 
 def questions(table: Any) -> list[str]:
