@@ -8,7 +8,7 @@ from ..config import Config
 from ..data.collate import get_tokenizer
 from ..errors import ExportError
 from ..model.bases import is_same_base
-from ..model.load import find_model
+from ..model.load import find_model, find_weights
 
 
 def check_export(model: Any, processor: Any, config: Config) -> None:
@@ -25,7 +25,7 @@ def check_base(model: Any, config: Config) -> None:
     if not isinstance(model, PeftModel):
         return
     trained = model.peft_config["default"].base_model_name_or_path
-    if trained and not is_same_base(trained, config.model.id):
+    if trained and not is_same_base(trained, find_weights(config)):
         raise ExportError(
             f"The adapter was trained on {trained}, and the recipe's model.id is {config.model.id}: on that base it would mean something "
             f"else. Export with model.id: {trained}."

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Config
 from ..data.collate import get_tokenizer, tokenize_rows
+from ..model.slice import name_base
 from .compare import Reference, learning_kept, measure_distance, read_logits
 from .verdict import Check, Verdict, at_least, at_most
 
@@ -72,7 +73,8 @@ def compare_base(folder: Path, config: Config) -> list[Check]:
         saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         saved = {}
-    return [at_most("other base than the recipe's", int(saved.get("base_model_name_or_path") != config.model.id), 0)]
+    expected = name_base(config.model.id, config.model.slice)
+    return [at_most("other base than the recipe's", int(saved.get("base_model_name_or_path") != expected), 0)]
 
 
 def compare_processor(reference: Reference, folder: Path) -> list[Check]:

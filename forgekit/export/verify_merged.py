@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import Config
 from ..errors import ForgekitError
 from ..hardware import GIB, choose_dtype
-from ..model.load import find_model, hide_progress_bars, load_transformers, load_unsloth, start_engine
+from ..model.load import find_weights, hide_progress_bars, load_transformers, load_unsloth, start_engine
 from .changes import Change
 from .compare import Reference, measure_distance, read_logits
 from .merged import change_tensor, find_base, find_shards, match_changes
@@ -114,7 +114,7 @@ def read_folder(reference: Reference, folder: Path, config: Config) -> tuple["Lo
 def load_whole(folder: Path | str, config: Config) -> Any:
     """Load a folder's weights in 16 bit (float32 on a CPU), as the recipe's engine does it, without a word."""
     settings = {"model.id": str(folder), "model.revision": None, "model.load_in": "16bit"}
-    config = config.change(settings, "export", without=("model.revision",))
+    config = config.change(settings, "export", without=("model.revision", "model.slice"))
     load = load_unsloth if start_engine(config) == "unsloth" else load_transformers
     with hide_progress_bars():
         return load(config, str(folder), choose_dtype(config))
@@ -126,7 +126,7 @@ def read_unpacked(reference: Reference, config: Config) -> "Logits":
 
     with tempfile.TemporaryDirectory() as folder, make_room(reference.model, base_bytes(config)):
         reference.model.save_pretrained(folder, save_embedding_layers=False)
-        model = PeftModel.from_pretrained(load_whole(find_model(config), config), folder)
+        model = PeftModel.from_pretrained(load_whole(find_weights(config), config), folder)
         return read_logits(model, reference.processor, reference.chats)
 
 

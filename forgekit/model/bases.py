@@ -2,7 +2,16 @@
 
 from pathlib import Path
 
+from ..config import Config
 from .load import BUILT_IN
+from .slice import name_base, split_base
+
+
+def is_base_of(config: Config, made_for: str) -> bool:
+    """Say whether an adapter that names `made_for` as its base, perhaps with a slice, was made for the recipe's."""
+    saved = split_base(made_for)
+    same_slice = name_base("", saved["model.slice"]) == name_base("", config.model.slice)
+    return same_slice and is_same_base(saved["model.id"], config.model.id)
 
 
 def is_same_base(first: str, second: str) -> bool:
