@@ -62,3 +62,13 @@ def test_the_slice_benchmark_measures_compares_and_runs(tmp_path: Path) -> None:
     save_file({**tensors, name: torch.roll(tensors[name], 1, 1)}, out / "model.safetensors", {"format": "pt"})
     with pytest.raises(AssertionError, match=f"{name} is not the source's"):
         slice_benchmark.compare_tensors(source, out)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_exports_prints_each_kind_and_its_worst(project_folder: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.verify", "--steps", "1", "--seeds", "1"]
+    done = subprocess.run(command, cwd=project_folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    kinds = ("float32, bfloat16, adapter", "float32, float32, merged", "bfloat16, bfloat16, merged")
+    assert all(f"| {kind} | 1 |" in done.stdout for kind in kinds)
+    assert "bfloat16, bfloat16, merged: mean divergence, nats a token: worst of 1" in done.stdout
