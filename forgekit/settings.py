@@ -212,10 +212,8 @@ class Train(Section):
         "auto",
         "what the fast path keeps for its backward: low (nothing: least memory), high (all: fastest), auto (what fits), or so many GiB in use",
     )
-    guard: Literal["auto", "stop", "warn"] = setting(
-        "auto",
-        "what a failed check of the training stack does before the first step; auto: stop on a CPU, warn on a GPU, where its "
-        "tolerances for 16 bit are still to be measured",
+    guard: Literal["stop", "warn"] = setting(
+        "stop", "what a failed check of the training stack does before the first step"
     )
     report_to: Names = setting(
         (), "trackers that transformers knows, for instance tensorboard; metrics.jsonl is always written"

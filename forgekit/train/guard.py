@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from ..config import Config
 from ..data.collate import IGNORE, Collator, Markers, get_tokenizer
 from ..errors import ModelError
-from ..hardware import choose_device
 from ..layer_groups import TOWERS
 from ..model.load import start_engine
 
@@ -75,19 +74,12 @@ def check_training(model: Any, processor: Any, dataset: "Dataset", config: Confi
     """
     report = examine_training(model, processor, dataset, config)
     print(report)
-    if not report.passed and choose_guard(config) == "stop":
+    if not report.passed and config.train.guard == "stop":
         raise ModelError(
             f"Training is not right on this stack: {', '.join(report.failed)}.\n{report}\n"
             "train.guard: warn trains nevertheless."
         )
     return report
-
-
-def choose_guard(config: Config) -> str:
-    """Resolve `train.guard: auto`."""
-    if config.train.guard != "auto":
-        return config.train.guard
-    return "stop" if choose_device(config) == "cpu" else "warn"
 
 
 def examine_training(model: Any, processor: Any, dataset: "Dataset", config: Config) -> Report:
