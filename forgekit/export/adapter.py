@@ -8,9 +8,10 @@ from typing import Any
 
 from ..config import Config, load_config
 from ..errors import ExportError
-from ..model.load import BUILT_IN, find_model, load_model
+from ..model.bases import is_base_of
+from ..model.load import load_model
+from ..model.slice import name_base, split_base
 from ..run_folder import shorten_path
-from .bases import is_same_base
 from .merged import check_space
 
 
@@ -42,7 +43,8 @@ def named_base(adapter: Any, config: Config) -> Iterator[None]:
     Put back afterwards: PEFT looks the base up by that name when training goes on and saves a checkpoint.
     """
     before = adapter.base_model_name_or_path, adapter.revision
-    adapter.base_model_name_or_path, adapter.revision = config.model.id, config.model.revision
+    name = name_base(config.model.id, config.model.slice)
+    adapter.base_model_name_or_path, adapter.revision = name, config.model.revision
     try:
         yield
     finally:
@@ -71,22 +73,11 @@ def compare_adapter(model: Any, folder: Path) -> None:
 def check_saved_base(saved: dict[str, Any], folder: Path, config: Config) -> None:
     """Raise ExportError with both names when a saved adapter is of another base than the recipe's."""
     made_for = saved.get("base_model_name_or_path")
-    if (
-        made_for
-        and made_for != config.model.id
-        and not is_same_base(resolve_model(made_for, config), find_model(config))
-    ):
+    if made_for and not is_base_of(config, made_for):
         raise ExportError(
-            f"The adapter in {shorten_path(folder)} was trained on {made_for}, and the recipe's model.id is {config.model.id}: on that base it would "
+            f"The adapter in {shorten_path(folder)} was trained on {made_for}, and the recipe's model.id is {name_base(config.model.id, config.model.slice)}: on that base it would "
             f"mean something else. Load it with model.id: {made_for}, or without a config."
         )
-
-
-def resolve_model(name: str, config: Config) -> str:
-    """Return what a base's name stands for here: a folder, or itself."""
-    if name not in BUILT_IN and not Path(name).expanduser().is_dir():
-        return name
-    return find_model(config.change({"model.id": name}, "export"))
 
 
 def load_export(folder: Path | str, config: Config | None = None) -> tuple[Any, Any]:
@@ -105,7 +96,7 @@ def load_export(folder: Path | str, config: Config | None = None) -> tuple[Any, 
     saved = json.loads(adapter.read_text(encoding="utf-8")) if adapter.is_file() else {}
     if saved and config is not None:
         check_saved_base(saved, folder, config)
-    settings: dict[str, Any] = {"model.id": saved.get("base_model_name_or_path", str(folder))}
+    settings: dict[str, Any] = split_base(saved.get("base_model_name_or_path", str(folder)))
     settings["model.revision"] = saved.get("revision")
     if config is None or config.model.load_in == "full":
         settings["model.load_in"] = "16bit"

@@ -70,7 +70,7 @@ def write_card(
         "---",
         f"# {place.parent.parent.name}: {kind}",
         "",
-        f"Fine-tuned from `{base}` with forgekit, on {describe_data(config)}.",
+        f"Fine-tuned from {'a slice of ' if config.model.slice else ''}`{base}` with forgekit, on {describe_data(config)}.",
         *write_section("Scores on held-out rows", describe_scores(run, scores)),
         *write_section("Gates", describe_gates(run)),
         *write_section("What learned", describe_plan(run)),
@@ -204,7 +204,7 @@ def write_use(folder: str, config: Config, kind: str, base: str) -> str:
     if kind not in ("adapter", "merged"):
         return f"See the files in {folder}."
     architecture = (read_config(config)[0].architectures or ["AutoModelForCausalLM"])[0]
-    if kind == "adapter" and config.model.id in BUILT_IN:  # a base that only forgekit knows by this name
+    if kind == "adapter" and (config.model.id in BUILT_IN or config.model.slice):  # bases that forgekit alone can make
         return USE.partition("\n\nWithout")[0].format(folder=folder)
     plain = (PLAIN_ADAPTER if kind == "adapter" else PLAIN_WHOLE).format(kind=architecture, base=base, folder=folder)
     return USE.format(folder=folder, plain=plain)

@@ -7,8 +7,8 @@ from typing import Any
 from ..config import Config
 from ..data.collate import get_tokenizer
 from ..errors import ExportError
-from ..model.load import find_model
-from .bases import is_same_base
+from ..model.bases import is_same_base
+from ..model.load import find_model, find_weights
 
 
 def check_export(model: Any, processor: Any, config: Config) -> None:
@@ -19,17 +19,13 @@ def check_export(model: Any, processor: Any, config: Config) -> None:
 
 
 def check_base(model: Any, config: Config) -> None:
-    """Raise ExportError with both names when the adapter was made for another base than the recipe's.
-
-    Hub names are compared without their owner and the endings of quantised copies, which Unsloth loads in their place.
-    """
+    """Raise ExportError with both names when the adapter was made for another base than the recipe's."""
     from peft import PeftModel
 
     if not isinstance(model, PeftModel):
         return
     trained = model.peft_config["default"].base_model_name_or_path
-    expected = find_model(config)
-    if trained and not is_same_base(trained, expected):
+    if trained and not is_same_base(trained, find_weights(config)):
         raise ExportError(
             f"The adapter was trained on {trained}, and the recipe's model.id is {config.model.id}: on that base it would mean something "
             f"else. Export with model.id: {trained}."

@@ -15,7 +15,7 @@ from typing import Any
 from ..config import Config
 from ..errors import ExportError
 from ..hardware import GIB, free_disk
-from ..model.load import find_model
+from ..model.load import find_weights
 from .changes import Change, find_changes, open_change
 from .shard import Tensor, decode_rows, encode_rows, read_bytes, read_header, split_rows
 
@@ -37,7 +37,7 @@ def export_merged(
 
 def find_base(config: Config) -> Path:
     """Return the folder of the 16-bit base: the checkpoint's own, or the Hub's copy on this machine."""
-    name = find_model(config)
+    name = find_weights(config)
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Config
 from ..data.collate import get_tokenizer, tokenize_rows
-from .compare import Distance, Reference, learning_kept, measure_distance, read_logits
+from ..model.slice import name_base
+from .compare import Reference, learning_kept, measure_distance, read_logits
 from .verdict import Check, Verdict, at_least, at_most
 
 if TYPE_CHECKING:
@@ -17,7 +18,10 @@ AGAIN = "read_back"  # PEFT's name of the adapter that was read from the file
 # Bounds. Measured by `python -m benchmarks.verify`, five seeds each; benchmarks/README.md holds the table.
 FLOAT32_RELOAD = 1e-5  # largest difference of two logits, the same sums in the same order
 FLOAT32_MERGED = 1e-4  # largest difference of two logits: W x + s B A x against (W + s B A) x
-DIVERGENCE = 1e-3  # mean Kullback-Leibler divergence in nats a token, for 16-bit numbers
+DIVERGENCE = 1e-3  # mean Kullback-Leibler divergence in nats a token, weights in 16 bit on disk
+DIVERGENCE_HALF = (
+    3e-3  # the same where the trained model computes in 16 bit too: worst seen 1.4e-3, two steps into training
+)
 AGREEMENT = 0.99  # share of tokens with the same most probable word, for 16-bit numbers
 EFFECT = 1e-6  # a trained model's logits differ from its base's by more
 
@@ -33,7 +37,7 @@ def verify_adapter(reference: Reference, folder: Path, config: Config) -> Verdic
     expected = reference.trained  # before another adapter is put beside it
     with learning_kept(model):
         found, error = read_back(reference, folder)
-    checks += compare_logits(expected, found, is_float32(model), FLOAT32_RELOAD)
+    checks += compare_logits(model, expected, found, FLOAT32_RELOAD if is_float32(model) else None)
     assert reference.base is not None
     checks.append(
         at_least("difference from the base, logits", measure_distance(expected, reference.base).largest, EFFECT)
@@ -69,7 +73,8 @@ def compare_base(folder: Path, config: Config) -> list[Check]:
         saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         saved = {}
-    return [at_most("other base than the recipe's", int(saved.get("base_model_name_or_path") != config.model.id), 0)]
+    expected = name_base(config.model.id, config.model.slice)
+    return [at_most("other base than the recipe's", int(saved.get("base_model_name_or_path") != expected), 0)]
 
 
 def compare_processor(reference: Reference, folder: Path) -> list[Check]:
@@ -105,13 +110,14 @@ def read_back(reference: Reference, folder: Path) -> tuple["Logits", str | None]
             model.delete_adapter(AGAIN)
 
 
-def compare_logits(expected: "Logits", found: "Logits", exact: bool, bound: float) -> list[Check]:
-    """Return the checks of two sets of logits: the largest difference for float32, else divergence and agreement."""
-    distance: Distance = measure_distance(expected, found)
-    if exact:
-        return [at_most("largest difference of logits", distance.largest, bound)]
+def compare_logits(model: Any, expected: "Logits", found: "Logits", exact: float | None) -> list[Check]:
+    """Return the checks of two sets of logits: the largest difference where `exact` bounds it, else divergence and agreement."""
+    distance = measure_distance(expected, found)
+    if exact is not None:
+        return [at_most("largest difference of logits", distance.largest, exact)]
+    bound = DIVERGENCE if is_float32(model) else DIVERGENCE_HALF
     return [
-        at_most("mean divergence, nats a token", distance.divergence, DIVERGENCE),
+        at_most("mean divergence, nats a token", distance.divergence, bound),
         at_least("same most probable word, share", distance.agreement, AGREEMENT),
     ]
 

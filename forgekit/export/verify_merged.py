@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import Config
 from ..errors import ForgekitError
 from ..hardware import GIB, choose_dtype
-from ..model.load import find_model, hide_progress_bars, load_transformers, load_unsloth, start_engine
+from ..model.load import find_weights, hide_progress_bars, load_transformers, load_unsloth, start_engine
 from .changes import Change
 from .compare import Reference, measure_distance, read_logits
 from .merged import change_tensor, find_base, find_shards, match_changes
@@ -20,7 +20,9 @@ from .verify_adapter import EFFECT, FLOAT32_MERGED, compare_logits, compare_proc
 if TYPE_CHECKING:
     from .compare import Logits
 
-KEPT = 0.5  # divergence from the trained model that is left at most, as a share of the base's
+# divergence from the trained model that is left at most, as a share of the base's; the second where the trained model is held
+# in 16, 8 or 4 bit: worst seen 0.54, two steps into training (benchmarks/README.md)
+KEPT, KEPT_HALF = 0.5, 0.9
 
 
 def verify_merged(reference: Reference, folder: Path, config: Config) -> Verdict:
@@ -35,11 +37,13 @@ def verify_merged(reference: Reference, folder: Path, config: Config) -> Verdict
     checks += compare_processor(reference, folder)
     expected = read_unpacked(reference, config) if is_packed(model) else trained
     found, error = read_folder(reference, folder, config)
-    checks += compare_logits(expected, found, exact and is_float32(model), FLOAT32_MERGED)
+    checks += compare_logits(model, expected, found, FLOAT32_MERGED if exact and is_float32(model) else None)
     if base is not None:
         effect = measure_distance(trained, base)
         left = measure_distance(trained, found).divergence / max(effect.divergence, 1e-12)
-        checks.append(at_most("divergence left, as a share of the base's", left, 1.0 if is_packed(model) else KEPT))
+        checks.append(
+            at_most("divergence left, as a share of the base's", left, KEPT if is_float32(model) else KEPT_HALF)
+        )
         checks.append(at_least("difference from the base, logits", measure_distance(found, base).largest, EFFECT))
     notes = {"error": error} if error else {}
     return Verdict(tuple(checks), size, wanted, len(trained), reference.tokens, notes=notes)
@@ -110,7 +114,7 @@ def read_folder(reference: Reference, folder: Path, config: Config) -> tuple["Lo
 def load_whole(folder: Path | str, config: Config) -> Any:
     """Load a folder's weights in 16 bit (float32 on a CPU), as the recipe's engine does it, without a word."""
     settings = {"model.id": str(folder), "model.revision": None, "model.load_in": "16bit"}
-    config = config.change(settings, "export", without=("model.revision",))
+    config = config.change(settings, "export", without=("model.revision", "model.slice"))
     load = load_unsloth if start_engine(config) == "unsloth" else load_transformers
     with hide_progress_bars():
         return load(config, str(folder), choose_dtype(config))
@@ -122,7 +126,7 @@ def read_unpacked(reference: Reference, config: Config) -> "Logits":
 
     with tempfile.TemporaryDirectory() as folder, make_room(reference.model, base_bytes(config)):
         reference.model.save_pretrained(folder, save_embedding_layers=False)
-        model = PeftModel.from_pretrained(load_whole(find_model(config), config), folder)
+        model = PeftModel.from_pretrained(load_whole(find_weights(config), config), folder)
         return read_logits(model, reference.processor, reference.chats)
 
 

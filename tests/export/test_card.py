@@ -123,7 +123,7 @@ def test_plan_training_hardware_and_verification_are_there(make_config: Any, fol
         (("adapter", "merged"), "adapter, merged"),
         ({"mlp": 4}, "mlp: 4"),
         ({}, "none"),
-        ("/home/me/rows.jsonl", "rows.jsonl"),
+        ("/data/me/rows.jsonl", "rows.jsonl"),
         ("two\nlines", "two lines"),
         (0.0002, "0.0002"),
     ],

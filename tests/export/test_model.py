@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 
 from forgekit import add_adapter, export_model, load_export, load_model, start_run
-from forgekit.errors import ExportError
+from forgekit.errors import ConfigError, ExportError
 from forgekit.export import checks, merged
 from forgekit.export import model as module
-from forgekit.export.bases import clean_hub_name
 from forgekit.export.checks import check_base
 from forgekit.export.formats import FORMATS, find_format
-from forgekit.export.place import check_absent, drafted, settle
-from forgekit.export.verdict import Verdict, at_least, at_most, place_verdict, read_verdict
+from forgekit.export.verdict import Verdict, at_least, at_most, read_verdict
+from forgekit.model.bases import clean_hub_name
 from forgekit.run_folder import read_json
 from forgekit.settings import Export
 
@@ -133,36 +132,6 @@ def test_what_fails_half_way_leaves_nothing(
     assert not (run.path / "models").exists() and "exports" not in run.record
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    target = tmp_path / "models" / "lora"
-    (tmp_path / "models" / ".lora.part").mkdir(parents=True)
-    (tmp_path / "models" / ".lora.part" / "half").write_text("x")
-    with drafted(target) as draft:
-        assert not draft.exists()
-        draft.mkdir()
-        (draft / "whole").write_text("y")
-        settle(draft, target)
-    assert os.listdir(tmp_path / "models") == ["lora"] and os.listdir(target) == ["whole"]
-
-
-def test_a_format_of_one_file_shares_its_folder(tmp_path: Path) -> None:
-    """As several precisions of one model do; each has a verdict of its own."""
-    for name in ("model-Q8_0.gguf", "model-F16.gguf"):
-        target = tmp_path / "models" / "quantized" / name
-        check_absent(target, replace=False)
-        with drafted(target) as draft:
-            draft.write_bytes(b"weights")
-            Verdict((at_most("a", 0, 1),), 7, 8, score=0.9 - len(name) / 100, merged_score=0.9).save(draft)
-            settle(draft, target)
-        assert place_verdict(target).name == name.replace(".gguf", ".verify.json") and read_verdict(target)
-    names = ["model-F16.gguf", "model-F16.verify.json", "model-Q8_0.gguf", "model-Q8_0.verify.json", "verify.json"]
-    assert sorted(os.listdir(tmp_path / "models" / "quantized")) == names
-    together = read_json(tmp_path / "models" / "quantized" / "verify.json")
-    assert together["verified"] and (together["file_bytes"], together["expected_bytes"]) == (14, 16)
-    assert [check["name"] for check in together["checks"]] == ["model-F16: a", "model-Q8_0: a"]
-    assert together["score"] == pytest.approx(0.75) and together["merged_score"] == 0.9  # of the one that lost more
-
-
 # ---- full disk --------------------------------------------------------------------------------------------------------
 
 
@@ -245,6 +214,11 @@ def test_an_adapter_of_another_base(make_learned: Any, tiny_folder: Path) -> Non
         load_export(folder, other)
     check_message(caught, f"trained on {tiny_folder}", "the recipe's model.id is tiny")
     load_export(folder, config)
+    edited = (folder / "adapter_config.json").read_text(encoding="utf-8").replace(str(tiny_folder), "tiny")
+    (folder / "adapter_config.json").write_text(edited, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        add_adapter(load_model(config)[0], config.change({"adapter.path": str(folder)}))
+    check_message(caught, "trained on tiny, and model.id is ", str(tiny_folder))
 
 
 @pytest.mark.parametrize(

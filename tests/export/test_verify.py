@@ -16,7 +16,14 @@ from forgekit.export.compare import Reference, measure_distance, read_logits
 from forgekit.export.merged import export_merged
 from forgekit.export.shard import read_header
 from forgekit.export.verdict import Verdict
-from forgekit.export.verify_adapter import verify_adapter
+from forgekit.export.verify_adapter import (
+    AGREEMENT,
+    DIVERGENCE,
+    DIVERGENCE_HALF,
+    FLOAT32_MERGED,
+    FLOAT32_RELOAD,
+    verify_adapter,
+)
 from forgekit.export.verify_merged import verify_merged
 
 
@@ -155,7 +162,7 @@ def keep_base(folder: Path, base: Path) -> None:
     shutil.copyfile(base / "model.safetensors", folder / "model.safetensors")
 
 
-def double_rank(folder: Path) -> None:
+def double_scale(folder: Path) -> None:
     edit(folder / "adapter_config.json", '"lora_alpha": 16', '"lora_alpha": 32')
 
 
@@ -173,7 +180,7 @@ MUTANTS: list[tuple[str, Any, set[str]]] = [
     ("adapter", cut, {"tensors missing or unexpected", SAME}),
     ("adapter", change_template, {"rows that template or tokenizer write otherwise"}),
     ("adapter", drop_word, {"words more or fewer"}),
-    ("adapter", double_rank, {SAME}),
+    ("adapter", double_scale, {SAME}),
     ("adapter", name_another_base, {"other base than the recipe's"}),
     ("merged", lambda folder: rewrite(folder, swap), {"tensors with other bytes than base or sum", SAME}),
     ("merged", flip, {"tensors with other bytes than base or sum"}),
@@ -241,26 +248,6 @@ def test_logits_of_a_batch_are_those_of_single_rows(reference: Reference) -> Non
     assert measure_distance(alone, reference.trained[:3]).largest < 1e-4
 
 
-def test_distance_is_that_of_the_formula() -> None:
-    import torch
-
-    a, b = torch.randn(5, 7), torch.randn(5, 7)
-    distance = measure_distance([a], [b])
-    p, q = a.double().softmax(-1), b.double().softmax(-1)
-    assert distance.divergence == pytest.approx(float((p * (p / q).log()).sum() / 5), rel=1e-5)
-    assert distance.largest == pytest.approx(float((a - b).abs().max()))
-    assert distance.agreement == int((a.argmax(-1) == b.argmax(-1)).sum()) / 5
-
-
-def test_a_missing_number_or_another_size_is_infinitely_far() -> None:
-    import torch
-
-    a = torch.zeros(2, 3)
-    for other in ([], [torch.zeros(2, 4)], [torch.full((2, 3), float("nan"))]):
-        distance = measure_distance([a], other)
-        assert distance.largest == distance.divergence == float("inf") and distance.agreement == 0
-
-
 def test_after_training_on_packed_weights_the_reference_is_the_16_bit_base_with_the_adapter(
     reference: Reference, originals: Any, config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,3 +257,17 @@ def test_after_training_on_packed_weights_the_reference_is_the_16_bit_base_with_
     assert verdict.verified
     unpacked = module.read_unpacked(reference, config)
     assert measure_distance(unpacked, reference.trained).largest < 1e-5
+
+
+def test_the_readme_names_the_bounds(project_folder: Path) -> None:
+    text = (project_folder / "README.md").read_text(encoding="utf-8")
+    lines = {
+        "| adapter, float32: largest difference of two logits": f"{FLOAT32_RELOAD:g}".replace("e-0", "e-"),
+        "| merged, float32: largest difference of two logits": f"{FLOAT32_MERGED:.0e}".replace("e-0", "e-"),
+        "or one tied with it": f"{DIVERGENCE:.0e}; {AGREEMENT:.0%}".replace("e-0", "e-").replace("%", " %"),
+        "| the same where the trained model computes in 16 bit too": f"{DIVERGENCE_HALF:.0e}; {AGREEMENT:.0%}".replace("e-0", "e-").replace("%", " %"),
+        "as a share of the base's; where it computes in 16 bit": f"{module.KEPT}; {module.KEPT_HALF}",
+    }  # fmt: skip
+    for start, bound in lines.items():
+        (line,) = [line for line in text.splitlines() if start in line]
+        assert line.endswith(f"| {bound} |"), line
