@@ -1,6 +1,6 @@
 """How far each kind of GGUF file is from the model in transformers, over several seeds: where the bounds come from.
 
-python -m benchmarks.gguf [--seeds 5] [--steps 40]
+python -m benchmarks.gguf [--seeds 5] [--steps 40] [--models narrow wide practice]
 
 practice   the built-in practice model after a short training on its orders: feed-forward parts 128 wide
 wide       random weights of hidden width 256 with a random adapter, on which K types apply
@@ -116,6 +116,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40, help="optimiser steps of the practice model")
+    parser.add_argument(
+        "--models", nargs="+", choices=("narrow", "wide", "practice"), default=["narrow", "wide", "practice"]
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -125,8 +128,8 @@ def main() -> None:
             "wide": lambda seed: make_random(seed, 256, folder),
             "practice": lambda seed: make_practice(seed, arguments.steps, folder),
         }
-        for kind, make in models.items():
-            found = []
+        for kind in arguments.models:
+            make, found = models[kind], []
             for seed in range(arguments.seeds):
                 with contextlib.redirect_stdout(io.StringIO()):
                     found.append(measure_kinds(*make(seed), folder / "files"))

@@ -50,6 +50,7 @@ ROWS = 16  # of which probabilities are compared
 TEXTS = 200
 PLACES = 8  # next tokens compared a row
 PERPLEXITY_ROWS = 8  # one request a token
+# Largest seen over five seeds (benchmarks/README.md): KL 6e-5 in 16 bit, 6e-4 in Q8_0, 1.3e-2 in Q4_K_M; perplexity 0.3 %, 0.4 %, 5.6 %.
 # kind -> (mean KL in nats a token against a reference with llama.cpp's cut-off; share by which perplexity may differ; share
 # of the base's KL to the trained model, of which rounding to 4 bit takes more when a run was short)
 BOUNDS = {
@@ -57,7 +58,7 @@ BOUNDS = {
     "F16": (2e-3, 0.01, 0.5),
     "BF16": (2e-3, 0.01, 0.5),
     "Q8_0": (1e-2, 0.01, 0.5),
-    "Q4_K_M": (5e-2, 0.05, 0.9),
+    "Q4_K_M": (5e-2, 0.07, 0.9),
 }
 CUTOFF_KL = 1e-3  # what the other standard deviation may add (benchmarks/README.md, GGUF against transformers)
 
