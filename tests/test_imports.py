@@ -13,7 +13,18 @@ import pytest
 # A module imports from its own tier and from those above it in this list, never from one below.
 TIERS = (
     ("errors",),
-    ("layer_groups", "conflicts", "environment", "settings", "recipe", "run_folder", "table", "config", "hardware"),
+    (
+        "layer_groups",
+        "gate_settings",
+        "conflicts",
+        "environment",
+        "settings",
+        "recipe",
+        "run_folder",
+        "table",
+        "config",
+        "hardware",
+    ),
     ("data",),
     ("model",),
     ("adapter",),
