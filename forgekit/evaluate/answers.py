@@ -53,9 +53,10 @@ def ask_rows(processor: Any, dataset: "Dataset", config: Config) -> list[Asked]:
         chat = example["messages"]
         choices = tuple(example.get("choices") or config.evaluate.choices)
         row, length = fingerprint_row(chat, processor, choices)
-        facts = {"question": get_text(chat[-2]), "reference": get_answer(chat), "media": fingerprint_media(chat)}
+        reference = get_answer(chat)
+        facts = {"question": get_text(chat[-2]), "reference": reference, "media": fingerprint_media(chat)}
         if "choice" in config.evaluate.metric:
-            check_choices(place, choices, facts["reference"])
+            check_choices(place, choices, reference)
         asked.append(Asked(place, row, length, choices, facts))
     return asked
 

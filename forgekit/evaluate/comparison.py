@@ -117,10 +117,10 @@ class Comparison:
         figure = Figure(figsize=(9, 2.8), layout="constrained")
         scores, rows = figure.subplots(1, 2, width_ratios=(1, 2))
         for place, (name, side) in enumerate((("before", self.before), ("after", self.after))):
-            values = {key: value * metric.scale for key, value in side.metrics[metric.name].items()}
-            spread = [[max(0.0, values["score"] - values["low"])], [max(0.0, values["high"] - values["score"])]]
-            scores.errorbar([place], [values["score"]], spread, fmt="os"[place], ms=7, capsize=5, color=COLOURS[place])
-            scores.annotate(name, (place, values["score"]), (9, 0), textcoords="offset points", va="center", fontsize=9)
+            score, low, high = (side.metrics[metric.name][key] * metric.scale for key in ("score", "low", "high"))
+            spread = [[max(0.0, score - low)], [max(0.0, high - score)]]
+            scores.errorbar([place], [score], spread, fmt="os"[place], ms=7, capsize=5, color=COLOURS[place])
+            scores.annotate(name, (place, score), (9, 0), textcoords="offset points", va="center", fontsize=9)
         scores.set(xlim=(-0.5, 1.8), xticks=[], ylabel=metric.label)
         values = sorted(metric.scale * value for value in self.list_differences())
         if not metric.higher:
@@ -191,7 +191,7 @@ def measure_change(metric: Metric, before: Scores, after: Scores) -> Change:
     counts = metric.count(before.rows), metric.count(after.rows)
     low, high = bound_difference(metric, *counts)
     values = [[row["scores"][metric.name] for row in scores.rows] for scores in (before, after)]
-    signs = compare_signs(*values, metric.higher)
+    signs = compare_signs(values[0], values[1], metric.higher)
     return Change(metric, before.metrics[metric.name]["score"], after.metrics[metric.name]["score"], low, high, *signs)
 
 

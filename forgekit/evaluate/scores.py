@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Config
 from ..data.show import show_turn
+from ..errors import RunError
 from ..run_folder import read_json, write_json
 from .answers import Record, answer_rows, find_partial
 from .fingerprint import digest, fingerprint_model
@@ -19,6 +20,9 @@ from .metrics import KNOWN, Metric, describe_source, find_metric, find_metrics
 if TYPE_CHECKING:
     import pandas
     from datasets import Dataset
+
+
+NUMBERS = ("exact_match", "loss", "score", "low", "high")  # JSON has null where one of them is not a number
 
 
 @dataclass(frozen=True, repr=False)
@@ -150,11 +154,23 @@ def is_right(row: Record, main: Metric) -> bool:
 
 
 def read_scores(path: Path) -> Scores:
-    """Read what `Scores.save` wrote; null stands for a number that is none. Raises RunError when it is no such file."""
+    """Read what `Scores.save` wrote. Raises RunError when it is no such file."""
     saved = read_json(path)
-    names = {field.name for field in fields(Scores)}
-    values = {name: value for name, value in saved.items() if name in names}
-    return Scores(**values | {name: math.nan for name in ("exact_match", "loss") if values.get(name) is None})
+    names = [field.name for field in fields(Scores)]
+    if not isinstance(saved, dict) or not saved.keys() >= set(names[:5]):
+        raise RunError(f"{path} holds no scores; evaluate_model writes them.")
+    values = {name: saved[name] for name in names if name in saved}
+    rows = values["rows"]
+    for numbers in (values, *values.get("metrics", {}).values(), *rows, *(row.get("scores", {}) for row in rows)):
+        restore_numbers(numbers, (*NUMBERS, *values.get("metrics", {})))
+    return Scores(**values)
+
+
+def restore_numbers(values: dict[str, Any], names: tuple[str, ...]) -> None:
+    """Put NaN where JSON had to write null."""
+    for name in names:
+        if name in values and values[name] is None:
+            values[name] = math.nan
 
 
 def show_answers(
