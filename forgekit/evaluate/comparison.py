@@ -54,7 +54,7 @@ class Change:
         return (
             f"{self.metric.label}: {write(self.before)} before, {write(self.after)} after, change {write(self.difference, '+')} "
             f"(95 %: {write(self.low, '+')} to {write(self.high, '+')}); "
-            f"{self.better} rows better, {self.worse} worse, sign test p = {self.p:.2g}"
+            f"rows: {self.better} better, {self.worse} worse, sign test p = {self.p:.2g}"
         )
 
 
@@ -130,7 +130,7 @@ class Comparison:
         rows.bar(range(1, len(values) + 1), values, width=1.0, color=colours)
         rows.axhline(0, color="black", lw=0.8)
         rows.set(xlabel="rows, those that lost most first", ylabel=f"change, {metric.unit or metric.title}")
-        rows.set_title(f"{change.better} rows better, {change.worse} worse", fontsize=9, loc="left")
+        rows.set_title(f"rows: {change.better} better, {change.worse} worse", fontsize=9, loc="left")
         for axes in (scores, rows):
             axes.spines[["top", "right"]].set_visible(False)
         return figure

@@ -68,7 +68,7 @@ class Gates:
         from ..table import Table
 
         rows = [(verdict.gate, verdict.verdict, verdict.reason) for verdict in self.verdicts]
-        return Table(rows, columns=["gate", "verdict", "reason"]).set_index("gate")
+        return Table(Table(rows, columns=["gate", "verdict", "reason"]).set_index("gate"))
 
     def __repr__(self) -> str:
         lines = [f"{verdict.gate:<22} {verdict.verdict:<8} {verdict.reason}" for verdict in self.verdicts]

@@ -56,7 +56,7 @@ class Precisions:
             }
             for one in self.found
         ]
-        return Table(rows).set_index("precision")
+        return Table(Table(rows).set_index("precision"))
 
     def __repr__(self) -> str:
         return f"Perplexity on {self.rows} rows\n{self.table.to_string()}"

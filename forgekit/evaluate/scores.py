@@ -62,7 +62,7 @@ class Scores:
         from ..table import Table
 
         rows = [describe_score(find_metric(name), values) for name, values in self.metrics.items()]
-        return Table(rows, columns=["metric", "score", "95 % interval"]).set_index("metric")
+        return Table(Table(rows, columns=["metric", "score", "95 % interval"]).set_index("metric"))
 
     def __repr__(self) -> str:
         found = [describe_score(find_metric(name), values) for name, values in self.metrics.items()]
