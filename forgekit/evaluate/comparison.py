@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +110,7 @@ class Comparison:
         return Table(found)
 
     def figure(self) -> "Figure":
-        """Draw both scores with their intervals on the left, and each row's change on the right, sorted."""
+        """Draw both scores with their intervals on the left, and what became of the rows on the right."""
         from matplotlib.figure import Figure
 
         change = self.change
@@ -122,22 +123,15 @@ class Comparison:
             scores.errorbar([place], [score], spread, fmt="os"[place], ms=7, capsize=5, color=COLOURS[place])
             scores.annotate(name, (place, score), (9, 0), textcoords="offset points", va="center", fontsize=9)
         scores.set(xlim=(-0.5, 1.8), xticks=[], ylabel=metric.label)
-        values = sorted(metric.scale * value for value in self.list_differences())
-        if not metric.higher:
-            values.reverse()
-        good = [(value > 0) == metric.higher and value != 0 for value in values]
-        colours = [COLOURS[1] if better else COLOURS[2] for better in good]
-        rows.bar(range(1, len(values) + 1), values, width=1.0, color=colours)
-        rows.axhline(0, color="black", lw=0.8)
-        rows.set(xlabel="rows, those that lost most first", ylabel=f"change, {metric.unit or metric.title}")
+        by_row = [[row["scores"][metric.name] for row in side.rows] for side in (self.before, self.after)]
+        if set(by_row[0]) | set(by_row[1]) <= {0.0, 1.0}:
+            draw_counts(rows, by_row[0], by_row[1])
+        else:
+            draw_changes(rows, metric, difference_by_row(metric, self.before, self.after))
         rows.set_title(f"rows: {change.better} better, {change.worse} worse", fontsize=9, loc="left")
         for axes in (scores, rows):
             axes.spines[["top", "right"]].set_visible(False)
         return figure
-
-    def list_differences(self) -> list[float]:
-        """Return after - before of each row by the metric that decides."""
-        return difference_by_row(self.change.metric, self.before, self.after)
 
     def __repr__(self) -> str:
         return "\n".join([self.table.to_string(), str(self.change)])
@@ -149,6 +143,27 @@ class Comparison:
         picture = f"<img alt='{words}' src='data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}'>"
         rows = f"<p>The rows that changed most</p>{self.extremes._repr_html_()}" if self.worst or self.best else ""
         return f"{self.table._repr_html_()}<p>{words}</p>{picture}{rows}"
+
+
+def draw_counts(axes: Any, before: list[float], after: list[float]) -> None:
+    """Draw how many rows are right before and after, for a metric that says yes or no."""
+    pairs = Counter(zip(before, after, strict=True))
+    kinds = {"became right": (0, 1), "became wrong": (1, 0), "stayed right": (1, 1), "stayed wrong": (0, 0)}
+    numbers = [pairs[kind] for kind in kinds.values()]
+    bars = axes.barh([*kinds], numbers, color=[COLOURS[1], COLOURS[2], COLOURS[0], COLOURS[0]])
+    axes.bar_label(bars, padding=3, fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="rows", xlim=(0, 1.15 * max(numbers)))
+
+
+def draw_changes(axes: Any, metric: Metric, differences: list[float]) -> None:
+    """Draw the change of each row, those that lost most first."""
+    sign = 1 if metric.higher else -1
+    values = sorted((metric.scale * value for value in differences), key=lambda value: sign * value)
+    colours = [COLOURS[1] if sign * value > 0 else COLOURS[2] for value in values]
+    axes.bar(range(1, len(values) + 1), values, width=1.0, color=colours)
+    axes.axhline(0, color="black", lw=0.8)
+    axes.set(xlabel="rows, those that lost most first", ylabel=f"change, {metric.unit or metric.title}")
 
 
 COLOURS = ("#6b7280", "#1f5fa8", "#b35300")  # before, better, worse: apart for every kind of colour vision

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, RunError
 from ..gate_settings import GATES
-from ..run_folder import Run, read_json, write_json
+from ..run_folder import DONE, Run, read_json, write_json
 from .comparison import compare_scores
 from .convergence import judge_losses
 from .scores import Scores, read_scores
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pandas
 
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
+STOPPED = "gates_failed"  # the state of a run that came to its end and stopped here; it ends once its gates pass
 SIZE = (
     0.02  # a GGUF may be so much larger or smaller than calculated, as a share: its header is not counted to the byte
 )
@@ -79,23 +80,25 @@ class Gates:
 
 
 def check_gates(run: Run | Path, gates: Mapping[str, Mapping[str, float]] | None = None) -> Gates:
-    """Judge a run's gates from its files, and write metrics/gates.json and, of an open run, run.json.
+    """Judge a run's gates from its files, and write metrics/gates.json and run.json.
 
     Args:
-        run: an open run, or the folder of one that has ended.
+        run: an open run, or the folder of one; run.json of a run that another process has open is left alone.
         gates: name -> limits; None: `evaluate.gates` of the run's settings, and no-regression where evaluate.regression is set.
 
     Raises RunError when the folder holds no run.
     """
-    path = run.path if isinstance(run, Run) else run
-    record = read_json(path / "run.json")
+    opened = run if isinstance(run, Run) else Run(run, read_json(run / "run.json"))
+    path, record = opened.path, read_json(opened.path / "run.json")
     wanted = find_wanted(record) if gates is None else gates
     verdicts = [judge(name, path, record, {**GATES[name], **limits}) for name, limits in wanted.items()]
     found = Gates(verdicts)
     if verdicts:
         write_json(path / "metrics" / "gates.json", {"held": found.held, "gates": [asdict(v) for v in verdicts]})
-        if isinstance(run, Run):
-            run.update(gates={verdict.gate: verdict.verdict for verdict in verdicts})
+        if opened is run or record.get("state") != "running":
+            mended = gates is None and found.held and record.get("state") == STOPPED
+            state = {"state": DONE, "error": None} if mended else {}
+            opened.update(gates={verdict.gate: verdict.verdict for verdict in verdicts}, **state)
     return found
 
 
@@ -163,7 +166,7 @@ def judge_performance(path: Path, record: Mapping[str, Any], limits: Mapping[str
         problems.insert(0, f"the gain is {change.gain:+.4g}, and {margin:g} is asked for")
     if not low > 0:
         problems.insert(0, f"the gain's 95 % interval, {low:+.4g} to {high:+.4g}, does not exclude zero")
-    if record.get("error"):
+    if record.get("error") and record.get("state") != STOPPED:
         problems.append(f"the run ended with an error: {record['error']}")
     words = f"{change.metric.name} {change.before:.4g} -> {change.after:.4g}, gain {change.gain:+.4g} (95 %: {low:+.4g} to {high:+.4g}); {course.summary}"
     return Verdict(name, FAILED if problems else PASSED, "; ".join(problems) or words, numbers)

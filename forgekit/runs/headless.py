@@ -13,7 +13,7 @@ from typing import Any
 from ..config import PARAMETERS, load_config, read_settings
 from ..environment import set_environment
 from ..errors import ConfigError, RunError
-from ..evaluate.gates import check_gates
+from ..evaluate.gates import STOPPED, check_gates
 from ..recipe import find_recipes
 from ..run_folder import DONE, Run, check_name, check_unused, find_run_root, now, read_json, write_text
 
@@ -77,7 +77,7 @@ def judge_run(run: Run) -> tuple[str, str | None]:
     action = run.record.get("settings", {}).get("evaluate.gates_action", {}).get("value")
     if gates.held or action != "stop":
         return DONE, None
-    return "gates_failed", f"gates that did not pass: {', '.join(gates.failed)}"
+    return STOPPED, f"gates that did not pass: {', '.join(gates.failed)}"
 
 
 # settings that may name a file or folder

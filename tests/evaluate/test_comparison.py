@@ -62,8 +62,19 @@ def test_the_figure_shows_both_scores_and_every_row() -> None:
     scores, rows = found.figure().axes
     assert [text.get_text() for text in scores.texts] == ["before", "after"]
     assert [text.xy[1] for text in scores.texts] == [10, 60]
-    assert [bar.get_height() for bar in rows.patches] == [0] * 5 + [100] * 5
+    kinds = [label.get_text() for label in rows.get_yticklabels()]
+    counts = dict(zip(kinds, [bar.get_width() for bar in rows.patches], strict=True))
+    assert counts == {"became right": 5, "became wrong": 0, "stayed right": 1, "stayed wrong": 4}
     assert rows.get_title(loc="left") == "rows: 5 better, 0 worse"
+
+
+@pytest.mark.parametrize(("metric", "heights"), [("token_f1", [-50, 0, 100]), ("wer", [200, 0, -100])])
+def test_the_figure_shows_each_rows_change_where_it_is_more_than_yes_or_no(metric: str, heights: list[float]) -> None:
+    before = make_scores([("a", "a"), ("a", "b"), ("a", "b")], {"evaluate.metric": metric})
+    after = make_scores([("a", "b a c"), ("a", "a"), ("a", "b")], {"evaluate.metric": metric})
+    bars = compare_scores(before, after).figure().axes[1].patches
+    assert [bar.get_height() for bar in bars] == pytest.approx(heights)
+    assert bars[0].get_facecolor() != bars[2].get_facecolor()
 
 
 @pytest.mark.parametrize(

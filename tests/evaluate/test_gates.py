@@ -187,6 +187,26 @@ def test_the_command_prints_verdicts_and_exits_with_3_when_one_failed(run: Run, 
     assert main(["gates", str(run.path)]) == 3
     assert "quantization-verified  not run" in capsys.readouterr().out
     assert read_json(run.path / "metrics" / "gates.json")["held"] is False
+    assert read_json(run.path / "run.json")["gates"]["quantization-verified"] == "not run"
+
+
+def test_a_run_that_stopped_at_a_gate_is_completed_once_it_passes(run: Run) -> None:
+    """The GGUF is exported and verified later; nothing else of the run is an error."""
+    verify = read_json(run.path / VERIFY)
+    (run.path / VERIFY).unlink()
+    run.finish("gates_failed", "gates that did not pass: quantization-verified")
+    assert check_gates(run.path).failed == ["quantization-verified"]
+    assert read_json(run.path / "run.json")["state"] == "gates_failed"
+    write_json(run.path / VERIFY, verify)
+    assert check_gates(run.path).held
+    record = read_json(run.path / "run.json")
+    assert (record["state"], record["error"]) == ("completed", None)
+
+
+def test_a_run_that_another_process_has_open_is_read_only(run: Run) -> None:
+    before = (run.path / "run.json").read_bytes()
+    assert check_gates(run.path).held
+    assert (run.path / "run.json").read_bytes() == before
 
 
 def test_a_run_that_does_not_exist_ends_with_1(run: Run, capsys: pytest.CaptureFixture) -> None:
