@@ -68,7 +68,9 @@ def read_values(tensor: Any, learned: bool) -> str:
     if learned and flat.numel() <= WHOLE:
         values = flat
     else:
-        values = flat[torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), device=flat.device).long()]
+        # in 64 bit: float32 cannot count to the last place of a large table
+        places = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64)
+        values = flat[places.long().to(flat.device)]
         head += f" {flat.sum(dtype=torch.float64).item()!r}" if learned else ""
     return f"{head} {hashlib.sha256(values.cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()}"
 

@@ -91,6 +91,9 @@ def find_here(settings: Mapping[str, Any]) -> dict[str, Any]:
         value = found.get(name)
         if isinstance(value, str) and value and Path(value).expanduser().exists():
             found[name] = str(Path(value).expanduser().absolute())
+    general = found.get("evaluate.regression")
+    if isinstance(general, dict) and Path(str(general.get("path", ""))).expanduser().is_file():
+        found["evaluate.regression"] = general | {"path": str(Path(general["path"]).expanduser().absolute())}
     return found
 
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
+from ..errors import DataError, RunError
 from ..evaluate.comparison import compare_scores
 from ..evaluate.scores import read_scores
 from ..run_folder import Run, read_json
@@ -36,7 +36,7 @@ def print_change(baseline: Path, scores: Path) -> None:
     """Print how sure the change is, by the metric that decides."""
     try:
         print(f"\n  {compare_scores(read_scores(baseline), read_scores(scores)).change}")
-    except DataError as error:  # the notebook scored other rows the second time
+    except (DataError, RunError) as error:  # the notebook scored other rows the second time, or wrote another file
         print(f"\n  {error}")
 
 

@@ -10,7 +10,7 @@ import pytest
 from forgekit import add_adapter, evaluate_model, load_model
 from forgekit.data.messages import check_example
 from forgekit.evaluate import answers
-from forgekit.evaluate.fingerprint import fingerprint_model
+from forgekit.evaluate.fingerprint import fingerprint_model, fingerprint_row, read_values
 
 
 def make_rows(number: int = 6, answer: str = "x") -> Any:
@@ -150,14 +150,30 @@ def test_another_programs_file_is_written_anew(loaded: Any, tmp_path: Path) -> N
 def test_media_are_part_of_what_was_asked(loaded: Any) -> None:
     from PIL import Image
 
-    from forgekit.evaluate.fingerprint import fingerprint_row
-
     def make_chat(colour: str) -> Any:
         parts = [{"type": "image", "image": Image.new("RGB", (8, 8), colour)}, {"type": "text", "text": "What colour?"}]
         return [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": "x"}]}]
 
-    prints = [fingerprint_row(make_chat(colour), loaded[1])[0] for colour in ("red", "red", "blue")]
+    chats = [make_chat(colour) for colour in ("red", "red", "blue")]
+    prints = [fingerprint_row(chat, loaded[1])[0] for chat in chats]
     assert prints[0] == prints[1] != prints[2]
+    rows = [{"messages": chat} for chat in chats]
+    scores = evaluate_model(loaded[0], loaded[1], rows, loaded[2].change({"evaluate.metric": "loss"}))
+    media = [row["media"] for row in scores.rows]
+    assert media[0] == media[1] != media[2] and all(media)
+
+
+def test_a_large_weight_is_sampled_up_to_its_last_value() -> None:
+    """float32 would round the last place of 16,777,220 up, beyond the end."""
+    import torch
+
+    weight = torch.zeros(16_777_220, dtype=torch.int8)
+    before = read_values(weight, learned=False)
+    weight[-1] = 1
+    assert read_values(weight, learned=False) != before
+    weight[-1], weight[1] = 0, 1  # between two samples: seen in the sum, which learned weights have too
+    assert read_values(weight, learned=False) == before
+    assert read_values(weight, learned=True) != read_values(torch.zeros_like(weight), learned=True)
 
 
 def test_base_fresh_adapter_and_disabled_adapter_are_one_model_and_a_trained_one_another(loaded: Any) -> None:

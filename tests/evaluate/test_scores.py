@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from forgekit import Scores, evaluate_model, load_model, show_answers
+from forgekit import Scores, evaluate_model, load_config, load_data, load_model, show_answers
 from forgekit.data.collate import IGNORE, Collator
 from forgekit.data.messages import check_example, get_answer, make_message
 from forgekit.errors import DataError, RunError
@@ -170,7 +170,7 @@ def test_each_row_says_how_it_was_scored(loaded: Any, monkeypatch: pytest.Monkey
     )
     for values in scores.metrics.values():
         assert values["low"] <= values["score"] <= values["high"]
-    assert "JSON equal, %              40.0" in repr(scores) and "JSON equal" in scores._repr_html_()
+    assert "JSON equal, % 40.0 (0.0 to 80.0)" in " ".join(repr(scores).split()) and "JSON equal" in scores._repr_html_()
 
 
 def test_loss_alone_needs_no_answers(loaded: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -205,6 +205,22 @@ def test_the_most_probable_choice_is_the_one_of_the_lowest_loss(loaded: Any, mon
     assert len({row["choice"] for row in scores.rows}) > 1  # one choice for all would hide a mix-up
     named = config.change({"evaluate.metric": "choice", "evaluate.choices": ["maybe", *ANSWERS]})
     assert evaluate_model(model, processor, make_rows(), named).rows[0]["log_likelihoods"][0] < 0
+
+
+def test_choices_that_to_example_returns_come_with_the_row(small_tokenizer: Any) -> None:
+    config = load_config(None, {"model.load_in": "16bit", "data.test": 2})
+    rows = [{"q": f"Which, {i}?", "options": [f"{i}", "none"]} for i in range(5)]
+
+    def to_example(row: Any) -> Any:
+        chat = [{"role": "user", "content": row["q"]}, {"role": "assistant", "content": row["options"][0]}]
+        return {"messages": chat, "choices": row["options"]}
+
+    data = load_data(config, small_tokenizer, to_example, rows=rows)
+    assert [example["choices"] for example in data["train"]] == [
+        [get_answer(e["messages"]), "none"] for e in data["train"]
+    ]
+    asked = answers.ask_rows(small_tokenizer, data["test"], config.change({"evaluate.metric": "choice"}))
+    assert [row.choices for row in asked] == [(row.facts["reference"], "none") for row in asked]
 
 
 def test_a_right_answer_that_cannot_be_chosen_is_refused(loaded: Any) -> None:
