@@ -21,7 +21,7 @@ from transformers.models.gemma3n.modeling_gemma3n import apply_rotary_pos_emb
 from .attention import Plan, attend, plan_attention
 from .rows import Rows
 
-Step = Callable[..., Any]
+Stored = dict[int, list[torch.Tensor]]  # layer -> keys and values that layers behind it share
 
 
 class Place(NamedTuple):
@@ -32,6 +32,15 @@ class Place(NamedTuple):
     plan: Plan
 
 
+class Call(NamedTuple):
+    """A step of the decoder, its module and its arguments behind the streams; `stores`: its keys and values are used later."""
+
+    step: Callable[..., Any]
+    module: Any
+    rest: tuple[Any, ...] = ()
+    stores: bool = False
+
+
 def run_decoder(
     text: Any,
     embedded: torch.Tensor,
@@ -39,7 +48,8 @@ def run_decoder(
     rows: Rows,
     windows: dict[str, int | None],
     kernel: str,
-    run: Callable[..., Any],
+    run: Callable[[list[Call], torch.Tensor], tuple[torch.Tensor, Stored]],
+    span: int = 1,
     layers: list[Any] | None = None,
 ) -> torch.Tensor:
     """Return the normed hidden states of the kept tokens, [M, H].
@@ -48,7 +58,8 @@ def run_decoder(
         text: a Gemma3nTextModel, adapted or not.
         embedded: [rows, columns, H], pictures and sound merged in.
         per_layer: [rows, columns, layers, P] from the per-layer table, or None.
-        run: calls a step; it decides about compiling and about keeping what the backward needs: run(step, *arguments).
+        run: does what `run_calls` does; it decides about compiling and about keeping what the backward needs.
+        span: layers that are given to `run` together.
         layers: some of the model's layers; None: all.
     """
     layers = list(text.layers) if layers is None else layers
@@ -60,23 +71,42 @@ def run_decoder(
     per_layer = text.project_per_layer_inputs(x[None], per_layer)[0]
     kept = rows.upper.index
     lower, upper = ({kind: make_place(text, x, rows, stage, kind, windows[kind], kernel) for kind in windows} for stage in ("lower", "upper"))  # fmt: skip
-    streams = run(expand, text, x)
-    stored: dict[int, list[torch.Tensor]] = {}
-    for place, layer in enumerate(layers):
-        attention = layer.self_attn
-        number, kind = attention.layer_idx, text.config.layer_types[attention.layer_idx]
-        if place < source:
-            streams, *own = run(lower_layer, layer, streams, per_layer[:, number], lower[kind])
-        elif place == source:
-            angles = lower[kind].cos, lower[kind].sin
-            streams, *own = run(source_layer, layer, streams, per_layer[kept, number], *angles, upper[kind], kept)
-            per_layer = per_layer.index_select(0, kept)
-        else:
-            own = stored[attention.kv_shared_layer_index]
-            streams = run(shared_layer, layer, streams, per_layer[:, number], upper[kind], *own)
-        if attention.store_full_length_kv:
-            stored[number] = own
-    return run(contract, text, streams)
+    streams, _ = run([Call(expand, text)], x)
+    stored: Stored = {}
+    for block in make_blocks(len(layers), source, span):
+        calls = []
+        for place in block:
+            layer, attention = layers[place], layers[place].self_attn
+            number, kind = attention.layer_idx, text.config.layer_types[attention.layer_idx]
+            if place < source:
+                rest = (per_layer[:, number], lower[kind])
+                calls.append(Call(lower_layer, layer, rest, attention.store_full_length_kv))
+                continue
+            if place == source:
+                stored |= run([Call(make_own_keys, layer, (lower[kind].cos, lower[kind].sin), True)], streams)[1]
+                streams, per_layer = streams.index_select(0, kept), per_layer.index_select(0, kept)
+            own = stored[number if place == source else attention.kv_shared_layer_index]
+            calls.append(Call(upper_layer, layer, (per_layer[:, number], upper[kind], *own)))
+        streams, keys = run(calls, streams)
+        stored |= keys
+    return run([Call(contract, text)], streams)[0]
+
+
+def make_blocks(layers: int, source: int, span: int) -> list[range]:
+    """Return the places of layers that run as one: `span` of them at most, and the source layer alone, where rows leave."""
+    below = [range(start, min(start + span, source)) for start in range(0, source, span)]
+    above = [range(start, min(start + span, layers)) for start in range(source + 1, layers, span)]
+    return [*below, range(source, source + 1), *above]
+
+
+def run_calls(calls: list[Call], x: torch.Tensor) -> tuple[torch.Tensor, Stored]:
+    """Run steps one after the other on x; return the last one's result, and the keys and values that other layers share."""
+    stored: Stored = {}
+    for call in calls:
+        x, *own = call.step(call.module, x, *call.rest)
+        if call.stores:
+            stored[call.module.self_attn.layer_idx] = own
+    return x, stored
 
 
 def find_source(layers: Any) -> int:
@@ -108,19 +138,19 @@ def clamp_coefficients(text: Any) -> None:
             layer.altup._forgekit_clamped = True
 
 
-def expand(text: Any, x: torch.Tensor) -> torch.Tensor:
+def expand(text: Any, x: torch.Tensor) -> tuple[torch.Tensor]:
     """Make the streams, each scaled to the magnitude of the first. [N, H] -> [N, 4, H]"""
     target = x.square().mean(-1, keepdim=True) ** 0.5
-    return torch.stack([x, *(rescale(project(x), x, target) for project in text.altup_projections)], 1)
+    return (torch.stack([x, *(rescale(project(x), x, target) for project in text.altup_projections)], 1),)
 
 
-def contract(text: Any, streams: torch.Tensor) -> torch.Tensor:
+def contract(text: Any, streams: torch.Tensor) -> tuple[torch.Tensor]:
     """Take the mean of the streams and norm it. [M, 4, H] -> [M, H]"""
     first = streams[:, 0]
     target = first.square().mean(-1, keepdim=True) ** 0.5
     projections = enumerate(text.altup_unembed_projections, 1)
     scaled = [rescale(project(streams[:, stream]), first, target) for stream, project in projections]
-    return text.norm(torch.stack([first, *scaled]).mean(0))
+    return (text.norm(torch.stack([first, *scaled]).mean(0)),)
 
 
 def rescale(x: torch.Tensor, like: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -139,30 +169,21 @@ def lower_layer(
     return finish_layer(layer, predictions, normed, per_layer, place, k, v), k, v
 
 
-def source_layer(
-    layer: Any,
-    streams: torch.Tensor,
-    per_layer: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    place: Place,
-    kept: torch.Tensor,
+def make_own_keys(
+    layer: Any, streams: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Keys and values of all tokens, the rest of the layer on the kept ones. [N, 4, H] -> [M, 4, H], keys, values"""
-    active = layer.config.altup_active_idx
-    normed = layer.input_layernorm(predict(layer.altup, streams, active)[:, 0])
-    k, v = make_keys(layer.self_attn, normed, cos, sin)
-    predictions = predict(layer.altup, streams.index_select(0, kept))
-    return finish_layer(layer, predictions, normed.index_select(0, kept), per_layer, place, k, v), k, v
+    """The source layer's keys and values of all tokens, its upper part follows as `upper_layer`. Returns streams, keys, values."""
+    normed = layer.input_layernorm(predict(layer.altup, streams, layer.config.altup_active_idx)[:, 0])
+    return streams, *make_keys(layer.self_attn, normed, cos, sin)
 
 
-def shared_layer(
+def upper_layer(
     layer: Any, streams: torch.Tensor, per_layer: torch.Tensor, place: Place, k: torch.Tensor, v: torch.Tensor
-) -> torch.Tensor:
-    """One layer on the kept tokens, with the keys and values of a layer below."""
+) -> tuple[torch.Tensor]:
+    """One layer on the kept tokens, with keys and values that are there already."""
     predictions = predict(layer.altup, streams)
     normed = layer.input_layernorm(predictions[:, layer.config.altup_active_idx])
-    return finish_layer(layer, predictions, normed, per_layer, place, k, v)
+    return (finish_layer(layer, predictions, normed, per_layer, place, k, v),)
 
 
 def make_keys(

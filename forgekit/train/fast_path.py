@@ -1,5 +1,6 @@
 """Turning the fast path (row_skip.py) on and off for a model, and what it saved."""
 
+import functools
 import types
 from collections import Counter
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from .row_skip import wrap_forward, wrap_text
 from .rows import Rows
 
 KINDS = ("Gemma3nForConditionalGeneration", "Gemma3nForCausalLM")
+# filling products up to handy sizes is tried out by length, after which a graph serves some lengths only
+COMPILER = {"shape_padding": False}
 NAME = "_forgekit_fast_path"  # where the model keeps its FastPath
 
 
@@ -37,13 +40,13 @@ class FastPath:
     tokens: int = 0  # of them computed in the lower layers
     learned: int = 0  # of them computed in the upper layers
 
-    def get_step(self, function: Any) -> Any:
-        """Return the function, compiled if that was asked for."""
+    def get_step(self, function: Any, again: bool = False) -> Any:
+        """Return the function, compiled if that was asked for; `again`: its backward computes again what it needs."""
         if not self.compiled:
             return function
-        if function not in self.steps:
-            self.steps[function] = torch.compile(function)
-        return self.steps[function]
+        if (function, again) not in self.steps:
+            self.steps[function, again] = compile_again(function) if again else torch.compile(function, options=COMPILER)  # fmt: skip
+        return self.steps[function, again]
 
     def count(self, rows: Rows) -> None:
         """Note what a batch computed."""
@@ -90,6 +93,24 @@ class FastPath:
         )
 
 
+def compile_again(function: Any) -> Any:
+    """Compile a function so that it keeps its arguments alone and its backward begins with its forward.
+
+    The compiler keeps its results by a function's code, so this needs code of its own; and it reads how much to keep from a
+    setting of the process, each time that it compiles.
+    """
+    code = function.__code__.replace(co_name=f"{function.__name__}_again")
+    twin = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__)
+    compiled = torch.compile(twin, options=COMPILER)
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        with torch._functorch.config.patch(activation_memory_budget=0.0):
+            return compiled(*arguments)
+
+    return run
+
+
 def enable_fast_path(
     model: Any, *, memory: str | float = "auto", compiled: bool = False, kernel: str = "auto"
 ) -> FastPath | None:
@@ -128,6 +149,9 @@ def enable_fast_path(
     )  # fmt: skip
     if compiled:  # the kinds of layers and of attention stand behind the same few functions
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        torch._dynamo.config.specialize_float = (
+            True  # a layer's sparsity is a fixed number, and tried as a variable first
+        )
     vars(base)[NAME] = path
     base.forward = types.MethodType(wrap_forward(base.forward, path), base)
     text.forward = types.MethodType(wrap_text(text.forward, path), text)

@@ -12,6 +12,12 @@ import torch.utils.checkpoint
 
 GIB = 2**30
 RESERVE = 2 * GIB  # of the GPU's memory: chunks of logits, one layer's backward, the optimiser
+# Layers that are computed again together when nothing is kept. With n layers in groups of k, the start of n / k groups is kept, and
+# the work of k layers exists at once; a layer of E2B works on 4.5 times the bytes of its start (benchmarks/README.md), so 2 is best.
+SPAN = 2
+# A compiled layer computes itself again inside of its own backward, at no cost to the CPU; pairs go through torch's checkpoint, which
+# takes the CPU 0.2 s a step. From so many tokens on the GPU has more to do than the CPU, and the smaller peak is free.
+PAIRED_TOKENS = 12_288
 SHARE = 0.9  # of the GPU's memory that "auto" plans with; the rest is for fragments
 
 
@@ -32,33 +38,43 @@ class Memory:
     """Decides for each step whether what its backward needs is kept.
 
     limit: bytes that tensors on the device may take; 0 keeps nothing, None everything. A step is kept while the memory in
-    use, and what steps of its size were seen to keep, stay below.
+    use, and what steps of its size were seen to keep, stay below. span: layers that are run, and kept or not, together.
     """
 
     limit: int | None
+    span: int = 1
     seen: dict[Any, float] = field(default_factory=dict)  # step -> bytes a row
     kept: int = 0
     again: int = 0
 
-    def run(self, step: Callable[..., Any], key: Any, rows: int, *arguments: Any) -> Any:
-        """Run a step on so many rows; `key` names steps that keep the same bytes a row."""
+    def run(self, keep: Callable[[], Any], again: Callable[[], Any], key: Any, rows: int) -> Any:
+        """Run a step on so many rows; `key` names steps that keep the same bytes a row.
+
+        Args:
+            keep, again: the step, called so that its backward finds all, or computes it again.
+        """
         if self.limit is None:
             self.kept += 1
-            return step(*arguments)
+            return keep()
         if self.limit == 0 or self.seen.get(key, 0) * rows + torch.cuda.memory_allocated() > self.limit:
             self.again += 1
-            return recompute(step, *arguments)
+            return again()
         before = torch.cuda.memory_allocated()
-        result = step(*arguments)
+        result = keep()
         self.seen[key] = max(self.seen.get(key, 0), (torch.cuda.memory_allocated() - before) / rows)
         self.kept += 1
         return result
 
 
-def plan_memory(memory: str | float, device: torch.device) -> Memory:
-    """Return the plan for `train.memory`: low, high, auto (what the GPU has; everything on a CPU), or a number of GiB."""
+def plan_memory(memory: str | float, device: torch.device, tokens: int, compiled: bool) -> Memory:
+    """Return the plan for `train.memory`: low, high, auto (what the GPU has; everything on a CPU), or a number of GiB.
+
+    Args:
+        tokens: of the batch.
+        compiled: whether its layers are.
+    """
     if memory == "low":
-        return Memory(0)
+        return Memory(0, 1 if compiled and tokens < PAIRED_TOKENS else SPAN)
     if memory == "high" or device.type != "cuda":
         return Memory(None)
     if memory == "auto":

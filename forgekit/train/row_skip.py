@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .decoder import run_decoder
+from .decoder import Call, run_calls, run_decoder
 from .loss import TokenLosses, measure_tokens, score_logits
-from .recompute import Memory, plan_memory
+from .recompute import Memory, plan_memory, recompute
 from .rows import Rows, choose_rows
 
 if TYPE_CHECKING:
@@ -137,24 +137,39 @@ def wrap_text(library: Callable[..., Any], path: "FastPath") -> Any:
         ids, embedded, per_layer = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "per_layer_inputs"))
         if ids is not None:
             embedded, per_layer = self.embed_tokens(ids), self.get_per_layer_inputs(ids)
-        run = functools.partial(run_step, path, plan_memory(path.memory, path.rows.flat.device))
-        hidden = run_decoder(self, embedded, per_layer, path.rows, path.windows, path.kernel, run, path.layers)
+        memory = plan_memory(path.memory, path.rows.flat.device, path.rows.tokens, path.compiled)
+        run = functools.partial(run_block, path, memory)
+        hidden = run_decoder(self, embedded, per_layer, path.rows, path.windows, path.kernel, run, memory.span, path.layers)  # fmt: skip
         return BaseModelOutputWithPast(last_hidden_state=hidden[None])
 
     forward._forgekit = path  # type: ignore[attr-defined]
     return forward
 
 
-def run_step(path: "FastPath", memory: Memory, step: Callable[..., Any], module: Any, x: torch.Tensor, *rest: Any) -> Any:  # fmt: skip
-    """Run one step of the decoder on the rows of x, compiled and recomputed as the settings say."""
-    layer = hasattr(module, "mlp")
-    kind = (step.__name__, layer and module.mlp.activation_sparsity)
-    if path.compiled and layer:  # expanding and contracting happen once and would not pay for it
-        if torch.is_grad_enabled() and not x.requires_grad:
-            x = Attach.apply(x, x.new_zeros((), requires_grad=True))
-        mark_lengths((x, *rest))
-        step = path.get_step(step)
-    return memory.run(step, kind, x.shape[0], module, x, *rest)
+def run_block(
+    path: "FastPath", memory: Memory, calls: list[Call], x: torch.Tensor
+) -> tuple[torch.Tensor, dict[int, list[torch.Tensor]]]:
+    """Run some steps of the decoder on the rows of x, compiled and recomputed as the settings say."""
+    layers = hasattr(calls[0].module, "mlp")
+    kind = tuple((call.step.__name__, layers and call.module.mlp.activation_sparsity) for call in calls)
+    if not (path.compiled and layers):  # expanding and contracting happen once and would not pay for compiling
+        return memory.run(lambda: run_calls(calls, x), lambda: recompute(run_calls, calls, x), kind, x.shape[0])
+    if torch.is_grad_enabled() and not x.requires_grad:
+        x = Attach.apply(x, x.new_zeros((), requires_grad=True))
+
+    def compiled(again: bool) -> list[Call]:
+        return [call._replace(step=functools.partial(run_compiled, path.get_step(call.step, again))) for call in calls]
+
+    def run_again() -> Any:
+        return run_calls(compiled(True), x) if memory.span == 1 else recompute(run_calls, compiled(False), x)
+
+    return memory.run(lambda: run_calls(compiled(False), x), run_again, kind, x.shape[0])
+
+
+def run_compiled(step: Callable[..., Any], module: Any, *arguments: Any) -> Any:
+    """Run a compiled step with lengths that may be others in the next batch."""
+    mark_lengths(arguments)
+    return step(module, *arguments)
 
 
 class Attach(torch.autograd.Function):
