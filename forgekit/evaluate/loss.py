@@ -15,20 +15,26 @@ from .generate import inference
 
 # (model, batch with labels) -> summed negative log-likelihood of each row's learned tokens in nats, float32 of [rows]
 RowLosses = Callable[[Any, dict[str, Any]], Any]
-MOST_LOGITS = 2**28  # logits of one forward: 1 GiB in float32; longer or more answers are taken in smaller batches
+MOST_LOGITS = 2**27  # logits of one forward, two answers of 256 tokens: more are taken in smaller batches
+PART_LOGITS = 2**25  # of them in float32 at a time: 128 MiB, and as much again inside the loss
 
 
 def sum_losses(model: Any, batch: dict[str, Any]) -> Any:
     """Return the summed loss of each row by the model's own forward, in float32."""
+    import torch
     from torch.nn.functional import cross_entropy
 
     labels = batch["labels"][:, 1:].to(model.device)
     columns = (labels != IGNORE).any(0).nonzero()[:, 0]
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
     logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits
-    labels = labels[:, columns]
-    losses = cross_entropy(logits.float().transpose(1, 2), labels, reduction="none", ignore_index=IGNORE)
-    return losses.sum(1)
+    size = max(1, PART_LOGITS // (logits.shape[0] * logits.shape[2]))
+    parts = zip(logits.split(size, 1), labels[:, columns].split(size, 1), strict=True)
+    losses = [
+        cross_entropy(part.float().transpose(1, 2), target, reduction="none", ignore_index=IGNORE).sum(1)
+        for part, target in parts
+    ]
+    return torch.stack(losses).sum(0)
 
 
 def measure_rows(

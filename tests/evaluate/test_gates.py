@@ -214,6 +214,16 @@ def test_a_run_that_does_not_exist_ends_with_1(run: Run, capsys: pytest.CaptureF
     assert "forgekit: no run 'nothing': there is no run.json in nothing or " in capsys.readouterr().err
 
 
+def test_a_general_set_of_the_current_folder_is_found_from_the_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "general.jsonl").write_text("{}")
+    for path, found in (("general.jsonl", str(tmp_path / "general.jsonl")), ("not/here.jsonl", "not/here.jsonl")):
+        settings = headless.find_here({"evaluate.regression": {"path": path, "drop": 0.02}})
+        assert settings == {"evaluate.regression": {"path": found, "drop": 0.02}}
+
+
 @pytest.mark.parametrize(
     ("action", "broken", "state", "code"),
     [("stop", True, "gates_failed", 3), ("warn", True, "completed", 0), ("stop", False, "completed", 0)],

@@ -247,6 +247,7 @@ def test_a_large_batch_is_cut_so_that_its_logits_fit(loaded: Any, monkeypatch: p
         return loss.sum_losses(model, batch)
 
     monkeypatch.setattr(loss, "MOST_LOGITS", model.config.get_text_config().vocab_size * 60)
+    monkeypatch.setattr(loss, "PART_LOGITS", model.config.get_text_config().vocab_size * 7)  # and its loss in parts
     found = loss.measure_rows(model, processor, chats, count)
     assert max(sizes) < 5 == sum(sizes)
     assert [n for _, n in found] == [n for _, n in expected]

@@ -106,7 +106,9 @@ def test_compiled_steps_serve_every_length_with_the_same_few_graphs(small: Any, 
         graphs.append(graph)
         return torch._dynamo.backends.debugging.aot_eager_decomp_partition(graph, inputs)
 
-    monkeypatch.setattr(torch, "compile", lambda function, **_: compile_function(function, backend=count, fullgraph=True))
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **_: compile_function(function, backend=count, fullgraph=True)
+    )
     model = small.add_lora(small.text_model())
     for seed, memory in enumerate(["low", "high", "high", "low"]):
         batch = small.draw_batch(20 + seed)
