@@ -209,18 +209,12 @@ def judge_quantization(path: Path, record: Mapping[str, Any], limits: Mapping[st
         words = f"{len(found['checks'])} checks held; its answers were not scored"
     else:
         words = f"score {score:.4g}, merged {merged:.4g}"
-        loss = (merged - score) * (1 if higher_is_better(path) else -1)
+        loss = (merged - score) * (
+            1 if found.get("higher_is_better", True) else -1
+        )  # a share of right answers unless it says
         if loss > drop * abs(merged):
             problems.append(f"{words}: more than {drop:.0%} lost")
     return Verdict(name, FAILED if problems else PASSED, "; ".join(problems) or f"{words}; {size} bytes", numbers)
-
-
-def higher_is_better(path: Path) -> bool:
-    """Say whether more is better of the metric that decides in this run."""
-    from .metrics import find_metric
-
-    file = path / FILES["score"]
-    return find_metric(read_scores(file).metric).higher if file.is_file() else True
 
 
 def describe(scores: Scores) -> dict[str, Any]:
