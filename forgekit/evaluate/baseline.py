@@ -126,8 +126,12 @@ def load_general(config: Config, processor: Any) -> "Dataset":
     if not limits:
         raise DataError("evaluate.regression is not set: {path: general.jsonl, drop: 0.02}.")
     print(f"General set {limits['path']}: ", end="")
-    own = {name: getattr(config.data, name) for name in ("path", "format", "template", "train", "validation", "test")}
-    settings = config.change({"data.path": limits["path"]}, "evaluate.regression", [f"data.{name}" for name in own])
+    # what the task's own rows are like and how they are split says nothing here, nor what training wants of them
+    task = [
+        f"data.{name}" for name in ("format", "template", "train", "validation", "test", "save_splits", "streaming")
+    ]
+    task += [f"train.{name}" for name in type(config.train).model_fields]
+    settings = config.change({"data.path": limits["path"]}, "evaluate.regression", task)
     return load_data(settings, processor)["train"]
 
 

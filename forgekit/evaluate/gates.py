@@ -209,9 +209,10 @@ def judge_quantization(path: Path, record: Mapping[str, Any], limits: Mapping[st
         words = f"{len(found['checks'])} checks held; its answers were not scored"
     else:
         words = f"score {score:.4g}, merged {merged:.4g}"
-        loss = (merged - score) * (
+        sign = (
             1 if found.get("higher_is_better", True) else -1
-        )  # a share of right answers unless it says
+        )  # a share of right answers, unless the file says otherwise
+        loss = sign * (merged - score)
         if loss > drop * abs(merged):
             problems.append(f"{words}: more than {drop:.0%} lost")
     return Verdict(name, FAILED if problems else PASSED, "; ".join(problems) or f"{words}; {size} bytes", numbers)

@@ -59,7 +59,12 @@ class Precisions:
         return Table(Table(rows).set_index("precision"))
 
     def __repr__(self) -> str:
-        return f"Perplexity on {self.rows} rows\n{self.table.to_string()}"
+        lines = [
+            f"  {name:<20}"
+            + (line["not measured because"] or f"{line['perplexity']:>12}  {line['against the first']:>8}")
+            for name, line in self.table.iterrows()
+        ]
+        return "\n".join([f"Perplexity on {self.rows} rows", *lines])
 
     def _repr_html_(self) -> str:
         return f"<p>Perplexity on {self.rows} rows</p>{self.table._repr_html_()}"

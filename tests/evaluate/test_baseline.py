@@ -116,7 +116,8 @@ def test_base_and_tuned_model_are_compared_on_the_general_set(
     tuned: Any, general: dict[str, Any], capsys: pytest.CaptureFixture
 ) -> None:
     model, processor, config, _ = tuned
-    config = config.change({"evaluate.regression": general})
+    config = config.change({"evaluate.regression": general, "data.validation": 5, "data.format": "alpaca"})
+    config = config.change({"train.eval_steps": 2, "train.early_stopping": 3, "data.test": 2})  # of the task alone
     run = start_run(config, "first")
     capsys.readouterr()
     rows = load_general(config, processor)

@@ -42,6 +42,11 @@ def test_each_precision_is_a_line_with_a_number_or_a_reason(
     assert (lines["GGUF Q4_K_M"].perplexity, lines["GGUF Q4_K_M"].reason) == (None, "llama.cpp refused the file.")
     table = found.table
     assert table.loc["GGUF Q8_0", "against the first"] == f"{12.5 / lines[TRAINED].perplexity - 1:+.2%}"
+    lines_shown = [line.split() for line in repr(found).splitlines()]
+    assert (
+        lines_shown[5][:3] == ["GGUF", "Q8_0", "12.5000"]
+        and lines_shown[7][2:] == "llama.cpp refused the file.".split()
+    )
     assert "Perplexity on 4 rows" in repr(found) and "llama.cpp refused" in found._repr_html_()
     assert read_json(path)["precisions"][-1]["reason"] == "llama.cpp refused the file."
 
