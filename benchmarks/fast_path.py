@@ -33,7 +33,7 @@ SHAPES: dict[str, tuple[int, int, float, str, str]] = {
 }
 CORE = ("4x1024-75", "1x1024-75", "8x2048-75", "4x1024-0")
 SIDES = ("forgekit-high-compiled", "forgekit-low-compiled-park", "trl", "unsloth")
-STEPS = 7
+STEPS = 11
 EPOCH = 200  # batches of the mixed row
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, from the makers' data sheets
 
@@ -89,7 +89,7 @@ def run_side(side: str, shapes: list[str], checkpoint: str, out: Path) -> None:
 
     if side.startswith("unsloth"):
         import unsloth  # noqa: F401
-    from benchmarks.sides import load_side, measure
+    from benchmarks.sides import PARKED, load_side, measure
 
     kind = SHAPES[shapes[0]][4]
     media = {SHAPES[shape][3] for shape in shapes} & {"image", "audio"}
@@ -115,6 +115,7 @@ def run_side(side: str, shapes: list[str], checkpoint: str, out: Path) -> None:
         with open(out, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(describe(row), flush=True)
+    PARKED.close()
 
 
 def describe(row: dict[str, Any]) -> str:

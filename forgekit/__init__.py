@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # the table of contents, in order of flow
     # model
     from .model.load import load_model as load_model
     from .model.load import start_engine as start_engine
+    from .model.slice import slice_checkpoint as slice_checkpoint
 
     # adapter
     from .panels.layers import LayerPanel as LayerPanel
@@ -85,6 +86,7 @@ CONTENTS = {
     # model
     "start_engine": "model.load",
     "load_model": "model.load",
+    "slice_checkpoint": "model.slice",
     # adapter
     "LayerPanel": "panels.layers",
     "plan_layers": "adapter.plan",

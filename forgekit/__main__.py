@@ -70,6 +70,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--recipe", metavar="R", help="load its model and rows, and prove on a short batch that training is right"
     )
 
+    add_slice(verbs)
+
     verb = verbs.add_parser(
         "lab",
         help="start JupyterLab on 127.0.0.1",
@@ -79,6 +81,33 @@ def make_parser() -> argparse.ArgumentParser:
         "arguments", metavar="ARG", nargs=argparse.REMAINDER, help="for instance --no-browser or a notebook"
     )
     return parser
+
+
+def add_slice(verbs: Any) -> None:
+    """Describe `forgekit slice`, with the table of presets."""
+    from .slice_presets import describe_presets
+
+    verb = verbs.add_parser(
+        "slice",
+        help="cut a smaller Gemma 3n out of a larger one's files, for instance E2B out of E4B",
+        description="Write a slice of a Gemma 3n checkpoint into OUT: whole layers left out, feed-forward parts halved. "
+        "Nothing is trained and no model is loaded. In a recipe model.slice does the same.",
+        epilog="Google's slices of E4B (MMLU of the pre-trained weights; E4B itself: 3.98 billion, 62.3):\n\n"
+        f"{describe_presets()}\n\n"
+        "example: forgekit slice google/gemma-3n-E4B-it gemma-3n-E2.5B --widths 8192 20-24=16384",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.add_argument("source", metavar="SOURCE", help="a Gemma 3n checkpoint: a folder or a Hub id")
+    verb.add_argument("out", metavar="OUT", type=Path, help="the slice's folder; refused when it exists")
+    verb.add_argument("--preset", metavar="P", help="one of the names below, for instance e2b")
+    verb.add_argument("--skip", metavar="LAYERS", nargs="+", help="layers to leave out, for instance 20-24")
+    verb.add_argument(
+        "--widths",
+        metavar="[LAYERS=]WIDTH",
+        nargs="+",
+        help="features of the feed-forward parts: 8192 for all layers; 8192 20-24=16384 by layers; or one number a kept layer",
+    )
+    verb.add_argument("--revision", metavar="R", help="a commit or tag of the Hub repository")
 
 
 def add_set(verb: argparse.ArgumentParser) -> None:
@@ -100,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] == ["lab"] and arguments[1:2] not in (["-h"], ["--help"]):
         return start_lab(arguments[1:])
     options = make_parser().parse_args(arguments)
-    verbs = {"init": init, "run": run, "plan": plan, "gates": gates, "doctor": doctor}
+    verbs = {"init": init, "run": run, "plan": plan, "gates": gates, "doctor": doctor, "slice": slice_model}
     try:
         return verbs[options.verb](options)
     except ConfigError as error:
@@ -188,6 +217,23 @@ def doctor(options: argparse.Namespace) -> int:
         print(finding, flush=True)
         states.add(finding.state)
     return FAILED if BAD in states else 0
+
+
+def slice_model(options: argparse.Namespace) -> int:
+    """Write a slice of a checkpoint."""
+    from .config import load_config
+    from .model.slice import slice_checkpoint
+    from .slice_presets import read_widths
+
+    choice: dict[str, Any] = {"preset": options.preset} if options.preset else {}
+    choice |= {"skip": ",".join(options.skip)} if options.skip else {}
+    choice |= {"widths": read_widths(options.widths)} if options.widths else {}
+    if not choice:
+        raise ConfigError("Say what the slice leaves out: --preset, --skip or --widths.")
+    settings = {"model.id": options.source, "model.revision": options.revision, "model.slice": choice}
+    config = load_config(None, {**settings, "model.engine": "huggingface"}, origin="forgekit slice")
+    print(slice_checkpoint(config, options.out))
+    return 0
 
 
 def start_lab(arguments: list[str]) -> int:

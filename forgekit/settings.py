@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from .gate_settings import check_gates, check_metrics, check_regression
 from .layer_groups import LAYERS_HELP, check_layers, describe_groups
+from .slice_presets import SLICE_HELP, check_slice
 
 Switch = Annotated[  # YAML 1.1 and Python say true and false where a recipe says on and off
     Literal["auto", "on", "off"], BeforeValidator(lambda value: {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value)
@@ -118,6 +119,7 @@ class Model(Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
         "auto", "auto: bfloat16 on Ampere GPUs and newer, float16 on older ones through Unsloth, float32 on a CPU"
     )
+    slice: Annotated[dict[str, Any], BeforeValidator(check_slice)] = setting({}, SLICE_HELP)
     offload_ple: Switch = setting(
         "auto",
         "keep the per-layer embedding table (4.0 GB in E2B, 4.7 GB in E4B) in the machine's memory; auto: when train.memory is low",

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import memory
+from benchmarks import slice as slice_benchmark
 from forgekit.adapter.memory import WORKSPACE
+from forgekit.config import load_config
+from forgekit.model.load import BUILT_IN
 
 
 @pytest.mark.slow
@@ -40,3 +43,22 @@ def test_the_fit_finds_the_factors_that_made_the_results(capsys: pytest.CaptureF
     assert all("factor 1.200, WORKSPACE 0.250 GiB" in line and line.endswith("1.000 to 1.000") for line in lines)
     memory.print_table(results)
     assert "in 20 settings" in capsys.readouterr().out
+
+
+def test_the_slice_benchmark_measures_compares_and_runs(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    source, out = BUILT_IN["tiny"], tmp_path / "out"
+    settings = {"model.id": str(source), "model.slice": {"skip": "20-24", "widths": 64}, "model.engine": "huggingface"}
+    found = slice_benchmark.measure_slice(load_config(None, settings), out)
+    assert found["disk_bytes"] > (out / "model.safetensors").stat().st_size > 1e6 and found["peak_gib_slicing"] > 0
+    tensors = load_file(out / "model.safetensors")
+    assert slice_benchmark.compare_tensors(source, out) == {"tensors_equal": len(tensors)}
+    ran = slice_benchmark.run_forward(out, "float32", 1, 16)
+    assert (ran["missing"], ran["unexpected"], ran["logits_finite"]) == ([], [], True)
+    assert (ran["layers"], ran["widths"], ran["logits"][:2]) == (20, [64], [1, 16])
+    name = "model.language_model.layers.3.mlp.down_proj.weight"
+    save_file({**tensors, name: torch.roll(tensors[name], 1, 1)}, out / "model.safetensors", {"format": "pt"})
+    with pytest.raises(AssertionError, match=f"{name} is not the source's"):
+        slice_benchmark.compare_tensors(source, out)

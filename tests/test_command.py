@@ -64,7 +64,7 @@ def no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- help and usage --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["init", "run", "gates", "doctor", "lab"])
+@pytest.mark.parametrize("verb", ["init", "run", "gates", "doctor", "slice", "lab"])
 def test_help_names_every_verb_and_each_verb_has_its_own(verb: str, capsys: pytest.CaptureFixture) -> None:
     for arguments in (["--help"], [verb, "--help"]):
         with pytest.raises(SystemExit) as left:

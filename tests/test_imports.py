@@ -19,6 +19,7 @@ TIERS = (
         "conflicts",
         "environment",
         "settings",
+        "slice_presets",
         "recipe",
         "run_folder",
         "table",

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from forgekit.__main__ import main, read_assignments
+from forgekit.__main__ import main, make_parser, read_assignments
 from forgekit.config import NAMES, load_config
+from forgekit.model.shapes import make_released_config
+from forgekit.model.slice_plan import plan_slice
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -38,6 +40,7 @@ def test_every_command_is_known_to_these_tests():
         "make test",
         "forgekit run notebooks/01_text.ipynb --set adaptor",
         "forgekit plan ",
+        "forgekit slice ",
         "papermill ",
         "forgekit run notebooks/01_text.ipynb --recipe",
     )
@@ -64,6 +67,14 @@ def test_the_plan_example_shows_what_learns_and_where_it_fits(capsys, monkeypatc
     printed = capsys.readouterr().out
     assert "attention" in printed and "mlp" not in printed  # --set is on top of the recipes
     assert "Memory at the peak of a step" in printed and re.search(r"T4 15 GB\s+[\d.]+\s+(yes|no)", printed)
+
+
+def test_the_slice_example_is_one_that_e4b_allows():
+    words = find_command("forgekit slice ")
+    options = make_parser().parse_args(words[1:])
+    config = load_config(None, {"model.id": options.source, "model.slice": options.preset})
+    plan = plan_slice(make_released_config("E4B").text_config, config.model.slice, options.source)
+    assert (len(plan.layers), plan.widths.count(16384)) == (35, 6)
 
 
 def test_the_headless_example_has_valid_settings():

@@ -9,6 +9,7 @@ from typing import Any
 from ..config import Config, load_config
 from ..errors import ExportError
 from ..model.load import load_model
+from ..model.slice import name_base, split_base
 from .card import write_card
 
 
@@ -40,7 +41,8 @@ def named_base(adapter: Any, config: Config) -> Iterator[None]:
     Put back afterwards: PEFT looks the base up by that name when training goes on and saves a checkpoint.
     """
     before = adapter.base_model_name_or_path, adapter.revision
-    adapter.base_model_name_or_path, adapter.revision = config.model.id, config.model.revision
+    name = name_base(config.model.id, config.model.slice)
+    adapter.base_model_name_or_path, adapter.revision = name, config.model.revision
     try:
         yield
     finally:
@@ -79,7 +81,7 @@ def load_export(folder: Path | str, config: Config | None = None) -> tuple[Any, 
     folder = Path(folder)
     adapter = folder / "adapter_config.json"
     saved = json.loads(adapter.read_text(encoding="utf-8")) if adapter.is_file() else {}
-    settings: dict[str, Any] = {"model.id": saved.get("base_model_name_or_path", str(folder))}
+    settings: dict[str, Any] = split_base(saved.get("base_model_name_or_path", str(folder)))
     settings["model.revision"] = saved.get("revision")
     if config is None or config.model.load_in == "full":
         settings["model.load_in"] = "16bit"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import Config
 from ..errors import ExportError
 from ..hardware import GIB, free_disk
-from ..model.load import find_model, hide_progress_bars
+from ..model.load import find_weights, hide_progress_bars
 from .card import write_card
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def export_merged(
 
 def find_base(config: Config) -> Path:
     """Return the folder of the 16-bit base: the checkpoint's own, or the Hub's copy on this machine."""
-    name = find_model(config)
+    name = find_weights(config)
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download

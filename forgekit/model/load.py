@@ -99,6 +99,15 @@ def find_model(config: Config) -> str:
     return name
 
 
+def find_weights(config: Config) -> str:
+    """Return the folder or Hub id whose weights are loaded: `find_model`'s, or with `model.slice` its slice, made once."""
+    if not config.model.slice:
+        return find_model(config)
+    from .slice import make_slice
+
+    return str(make_slice(config))
+
+
 def explain_load_error(config: Config, error: Exception) -> ModelError:
     """Turn what the Hub client or transformers says into one sentence with a remedy."""
     offline = os.environ.get("HF_HUB_OFFLINE") == "1" or os.environ.get("TRANSFORMERS_OFFLINE") == "1"
@@ -169,9 +178,9 @@ def load_model(config: Config) -> tuple["PreTrainedModel", Any]:
     processor = load_processor(config)  # a wrong id or a missing template shows before weights are read
     from safetensors import SafetensorError
 
-    dtype, name = choose_dtype(config), find_model(config)
+    dtype, name = choose_dtype(config), find_weights(config)
     print(
-        f"Loading {config.model.id}: {engine}, {config.model.load_in}, {str(dtype).removeprefix('torch.')}, {detect_hardware()}"
+        f"Loading {config.model.id}{' (its slice)' if config.model.slice else ''}: {engine}, {config.model.load_in}, {str(dtype).removeprefix('torch.')}, {detect_hardware()}"
     )
     try:
         with hide_progress_bars():

@@ -12,6 +12,7 @@ from ..environment import set_environment
 from ..errors import ModelError
 from ..hardware import choose_engine
 from .load import find_model, quiet_libraries, start_engine
+from .slice_plan import apply_slice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -153,6 +154,17 @@ def prepare_libraries(config: Config) -> None:
 
 
 def read_config(config: Config) -> tuple["PreTrainedConfig", str]:
+    """Return the transformers config of `model.id`, cut as `model.slice` says, and a sentence on where it came from.
+
+    Raises ModelError for a model whose config.json cannot be reached, or a slice that would break it.
+    """
+    settings, text = read_whole_config(config)
+    if not config.model.slice:
+        return settings, text
+    return apply_slice(settings, config.model.slice, config.model.id), f"{text}, sliced as model.slice says"
+
+
+def read_whole_config(config: Config) -> tuple["PreTrainedConfig", str]:
     """Return the transformers config of `model.id` and a sentence on where it came from.
 
     Read from the checkpoint's folder or the cache; the released sizes of E2B and E4B are known here; others from the Hub.

@@ -76,7 +76,12 @@ def spread(values: torch.Tensor, slots: torch.Tensor, size: int) -> torch.Tensor
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan) -> torch.Tensor:
     """Return softmax(q k) v; Gemma 3n scales by one, because its queries and keys are normed."""
     if plan.kernel == "flash":
-        return flash(q.contiguous(), k.contiguous(), v.contiguous(), plan.slots, plan.key_slots, plan.limits)[0]
+        # packed layers answer in the precision that they are asked in, float32 here; autocast would cast torch's own function too
+        device = q.device.type
+        cast = q.dtype == torch.float32 and torch.is_autocast_enabled(device)
+        half = torch.get_autocast_dtype(device) if cast else q.dtype
+        inputs = (x.to(half).contiguous() for x in (q, k, v))
+        return flash(*inputs, plan.slots, plan.key_slots, plan.limits)[0].to(q.dtype)
     return attend_padded(q, k, v, plan)
 
 

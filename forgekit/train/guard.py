@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..adapter.lora import TOWERS
 from ..config import Config
 from ..data.collate import IGNORE, Collator, Markers, get_tokenizer
 from ..errors import ModelError
 from ..hardware import choose_device
+from ..layer_groups import TOWERS
 from ..model.load import start_engine
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def examine_training(model: Any, processor: Any, dataset: "Dataset", config: Con
     """Make the checks of `check_training` and say nothing."""
     start_engine(config)
     from .fast_path import disable_fast_path
-    from .trial import no_trace
+    from .trial import no_trace, run_uncompiled
 
     disable_fast_path(model)
     report = Report()
@@ -104,7 +104,7 @@ def examine_training(model: Any, processor: Any, dataset: "Dataset", config: Con
         remedy = "The adapter is frozen: make it with add_adapter, which leaves it free."
         report.checks.append(Check("a gradient for each parameter", False, "nothing is set to learn", remedy))
     if report.passed:
-        with no_trace(model):
+        with no_trace(model), run_uncompiled():
             report.checks += compare_paths(model, batch, config)
             report.checks += check_learning(model, batch, config)
     return report
@@ -145,7 +145,7 @@ def compare_paths(model: Any, batch: dict[str, Any], config: Config) -> Iterator
     """Cache against none, checkpointing against none, fast path against the library's forward, on a few layers."""
     import torch
 
-    from .fast_path import disable_fast_path, enable_fast_path, find_text, unwrap
+    from .fast_path import find_text, unwrap
     from .trial import (
         choose_layers,
         few_layers,
@@ -185,13 +185,28 @@ def compare_paths(model: Any, batch: dict[str, Any], config: Config) -> Iterator
             "{'use_reentrant': False}); under Unsloth update unsloth_zoo, or set train.gradient_checkpointing: off.",
         )  # fmt: skip
         if config.train.fast != "off":
-            path = enable_fast_path(model, memory="low")
-            if path:
-                path.layers = [text.layers[number] for number in chosen]
-                with without_checkpointing(model):
-                    fast = find_gradients(model, batch)
-                disable_fast_path(model)
-                yield compare("gradients of the fast path", right, fast, bound, "Set train.fast: off, and please report this.")  # fmt: skip
+            yield from compare_fast_path(model, batch, chosen, config)
+
+
+def compare_fast_path(model: Any, batch: dict[str, Any], chosen: list[int], config: Config) -> Iterator[Check]:
+    """The fast path's gradients against the library's, both in float32; its kernel is proven where it is chosen (attention.py).
+
+    8-bit layers round their inputs whatever the precision around them.
+    """
+    from .fast_path import disable_fast_path, enable_fast_path, find_text, unwrap
+    from .trial import find_dtype, find_gradients, in_float32, without_checkpointing
+
+    base = unwrap(model)
+    with in_float32(base, chosen), without_checkpointing(model):
+        dtype = "float16" if config.model.load_in == "8bit" else str(find_dtype(model)).removeprefix("torch.")
+        bound = GRADIENT_TOLERANCE[dtype]
+        right = find_gradients(model, batch)
+        path = enable_fast_path(model, memory="low")
+        if path:
+            path.layers = [find_text(base).layers[number] for number in chosen]
+            fast = find_gradients(model, batch)
+            disable_fast_path(model)
+            yield compare("gradients of the fast path", right, fast, bound, "Set train.fast: off, and please report this.")  # fmt: skip
 
 
 def enable_checkpointing(model: Any, config: Config) -> Callable[[], None]:

@@ -10,6 +10,7 @@ from ..data.collate import Collator
 from ..errors import ConfigError
 from ..hardware import choose_device
 from ..model.load import start_engine
+from ..model.slice import record_slice
 from ..run_folder import Run, describe_settings, write_text
 from .learning_rates import scale_learning_rates
 from .speed import train_fast, wants_fast_path, weigh_tokens_alike
@@ -44,7 +45,8 @@ def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config,
     plan = plan_layers(config, model.config)
     check_towers(plan, data["train"])
     write_text(run.path / "plan.json", plan.to_json() + "\n")
-    run.update(settings=describe_settings(config))  # a panel may have changed them since the run was started
+    # a panel may have changed them since the run was started
+    run.update(settings=describe_settings(config), **record_slice(config))
     from transformers import EarlyStoppingCallback
 
     from .callbacks import LiveCurve, RunLog, StatusFile  # they subclass transformers' own, so the engine comes first

@@ -66,6 +66,21 @@ def test_a_right_stack_passes_every_check_and_nothing_is_left_behind(parts: Any,
     assert "ok  gradients of the fast path: differ by" in capsys.readouterr().out
 
 
+def test_half_precision_is_compared_in_float32_and_put_back(parts: Any) -> None:
+    """In bfloat16 itself, sharp attention can put more than half of a gradient between two right ways to it."""
+    import torch
+
+    arguments = parts(model__dtype="bfloat16")
+    model = arguments[0]
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    report = check_training(*arguments)
+    found = next(check.found for check in report.checks if check.name == "gradients of the fast path")
+    assert report.passed and found.endswith("0.001 is allowed")
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == before[name].dtype and torch.equal(parameter, before[name]), name
+    assert torch.bfloat16 in {parameter.dtype for parameter in before.values()}
+
+
 def test_the_packaged_model_takes_two_seconds(parts: Any) -> None:
     arguments = parts(model__id="tiny")
     started = time.process_time()
