@@ -55,6 +55,7 @@ if TYPE_CHECKING:  # the table of contents, in order of flow
 
     # export
     from .export.model import export_model as export_model
+    from .export.verify import verify_export as verify_export
     from .export.adapter import load_export as load_export
 
     # panels
@@ -112,6 +113,7 @@ CONTENTS = {
     "generate_answers": "evaluate.generate",
     # export
     "export_model": "export.model",
+    "verify_export": "export.verify",
     "load_export": "export.adapter",
     # panels
     "RunPanel": "panels.run",

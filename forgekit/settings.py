@@ -258,3 +258,9 @@ class Export(Section):
     formats: Annotated[tuple[Literal["adapter", "merged"], ...], Field(strict=False)] = setting(
         ("adapter",), "adapter: the added matrices alone; merged: a whole model in 16 bit"
     )
+    replace: bool = setting(False, "replace an export that stands in the run's folder, once the new one is verified")
+    push: str | None = setting(
+        None,
+        "repository of the Hub that verified exports are uploaded to, private when it is new, for instance me/orders; the token comes "
+        "from the environment variable HF_TOKEN alone. Empty: nothing leaves this machine",
+    )

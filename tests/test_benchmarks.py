@@ -71,3 +71,13 @@ def test_the_table_of_the_fast_path_is_the_one_that_was_measured(project_folder:
     assert fast_path_show.make_table(rows) in (project_folder / "benchmarks/README.md").read_text(encoding="utf-8")
     fast_path_show.draw_chart(rows, tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_exports_prints_each_kind_and_its_worst(project_folder: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.verify", "--steps", "1", "--seeds", "1"]
+    done = subprocess.run(command, cwd=project_folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    kinds = ("float32, bfloat16, adapter", "float32, float32, merged", "bfloat16, bfloat16, merged")
+    assert all(f"| {kind} | 1 |" in done.stdout for kind in kinds)
+    assert "bfloat16, bfloat16, merged: mean divergence, nats a token: worst of 1" in done.stdout

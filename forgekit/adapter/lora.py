@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import Config
 from ..errors import ConfigError, ModelError
 from ..layer_groups import TOWERS, find_tower
+from ..model.bases import is_base_of
 from ..model.load import choose_unsloth_checkpointing, start_engine
 from ..model.shapes import count_weights, read_shapes
 from ..run_folder import Run, write_text
@@ -44,7 +45,7 @@ def add_adapter(model: "PreTrainedModel", config: Config, run: Run | None = None
         learner = add_peft_adapter(model, config)
     check_learner(plan, learner)
     if config.adapter.path:
-        load_adapter_weights(learner, Path(config.adapter.path))
+        load_adapter_weights(learner, Path(config.adapter.path), config)
     print_trainable(learner)
     for note in plan.notes:
         print(f"Note: {note}")
@@ -99,7 +100,7 @@ def unfreeze_language(model: "PreTrainedModel") -> "PreTrainedModel":
     return model
 
 
-def load_adapter_weights(model: Any, folder: Path) -> None:
+def load_adapter_weights(model: Any, folder: Path, config: Config) -> None:
     """Put the weights of a saved adapter into the one just made; names and shapes must agree.
 
     Raises ConfigError when the folder holds no adapter or was made with another r, alpha or choice of layers.
@@ -118,6 +119,12 @@ def load_adapter_weights(model: Any, folder: Path) -> None:
         for name in ("r", "lora_alpha", "use_rslora", "use_dora")
         if getattr(now, name) != saved.get(name, False)  # older PEFT wrote no use_rslora and use_dora
     ]
+    made_for = saved.get("base_model_name_or_path")
+    if made_for and not is_base_of(config, made_for):
+        problems = [
+            f"adapter.path: the adapter in {folder} was trained on {made_for}, and model.id is {config.model.id}: on that base it would "
+            f"mean something else. Set model.id: {made_for}."
+        ]
     tensors = load_file(weights)
     if not problems and tensors.keys() != get_peft_model_state_dict(model).keys():
         problems = [f"adapter.layers chooses other modules than the adapter in {folder} has ({len(tensors)} tensors)."]

@@ -8,29 +8,31 @@ from typing import Any
 
 from ..config import Config, load_config
 from ..errors import ExportError
+from ..model.bases import is_base_of
 from ..model.load import load_model
 from ..model.slice import name_base, split_base
-from .card import write_card
+from ..run_folder import shorten_path
+from .merged import check_space
 
 
 def export_adapter(
     model: Any, processor: Any, config: Config, folder: Path, scores: dict[str, Any] | None = None
 ) -> Path:
-    """Write adapter_config.json, adapter_model.safetensors, processor, chat template and a model card; read them back.
+    """Write adapter_config.json, adapter_model.safetensors, processor and chat template.
 
-    Raises ExportError when the file does not hold exactly the adapter in memory.
+    Raises ExportError when the model has no adapter, or the disk is too small.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
     if not isinstance(model, PeftModel):
         raise ExportError(
             "The model has no adapter (load_in: full trains the weights themselves): export merged instead."
         )
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    check_space(sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()), folder)
     with named_base(model.peft_config["default"], config):
         model.save_pretrained(str(folder), save_embedding_layers=False)  # LoRA leaves the vocabulary as it is
     processor.save_pretrained(str(folder))
-    write_card(folder, config, "adapter", scores)
-    compare_adapter(model, folder)
     return folder
 
 
@@ -68,6 +70,16 @@ def compare_adapter(model: Any, folder: Path) -> None:
         )
 
 
+def check_saved_base(saved: dict[str, Any], folder: Path, config: Config) -> None:
+    """Raise ExportError with both names when a saved adapter is of another base than the recipe's."""
+    made_for = saved.get("base_model_name_or_path")
+    if made_for and not is_base_of(config, made_for):
+        raise ExportError(
+            f"The adapter in {shorten_path(folder)} was trained on {made_for}, and the recipe's model.id is {name_base(config.model.id, config.model.slice)}: on that base it would "
+            f"mean something else. Load it with model.id: {made_for}, or without a config."
+        )
+
+
 def load_export(folder: Path | str, config: Config | None = None) -> tuple[Any, Any]:
     """Load an exported adapter or merged model from its folder alone, through transformers and PEFT.
 
@@ -75,12 +87,15 @@ def load_export(folder: Path | str, config: Config | None = None) -> tuple[Any, 
         folder: models/lora (its base is loaded by the name in adapter_config.json) or models/merged.
         config: says engine, precision and device, as in training; None: the defaults, in 16 bit.
 
-    Returns (model, processor), ready for `generate_answer`. Raises ExportError when the file holds other tensors than the
-    adapter that its config describes: PEFT alone leaves missing ones at zero and only warns.
+    Returns (model, processor), ready for `generate_answer`. Raises ExportError for an adapter of another base than the
+    recipe's, and when the file holds other tensors than the adapter that its config describes: PEFT alone leaves missing
+    ones at zero and only warns.
     """
     folder = Path(folder)
     adapter = folder / "adapter_config.json"
     saved = json.loads(adapter.read_text(encoding="utf-8")) if adapter.is_file() else {}
+    if saved and config is not None:
+        check_saved_base(saved, folder, config)
     settings: dict[str, Any] = split_base(saved.get("base_model_name_or_path", str(folder)))
     settings["model.revision"] = saved.get("revision")
     if config is None or config.model.load_in == "full":

@@ -1,45 +1,37 @@
-"""A whole model in 16 bit: base + adapter, added shard by shard from the base on disk, so that no second model is in memory.
+"""A whole model in 16 bit: base + adapter, added shard by shard in a copy of the base's files.
 
-The sum is taken in float32 and rounded once. The base on disk is 16 bit also when training ran on 4-bit weights: adding to
-those would lose most of what was learned. Tensors that transformers does not load, such as the unused keys and values of
-Gemma 3n's shared layers, are carried over, because other engines ask for them.
+The sum is taken in float32, a few rows at a time, and rounded once. The base on disk is 16 bit also when training ran on
+4-bit weights: adding to those would lose most of what was learned. What does not change keeps its bytes, also tensors that
+transformers does not load, such as the unused keys and values of Gemma 3n's shared layers: other engines ask for them.
 """
 
+import errno
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..config import Config
 from ..errors import ExportError
 from ..hardware import GIB, free_disk
-from ..model.load import find_weights, hide_progress_bars
-from .card import write_card
+from ..model.load import find_weights
+from .changes import Change, find_changes, open_change
+from .shard import Tensor, decode_rows, encode_rows, read_bytes, read_header, split_rows
 
-if TYPE_CHECKING:
-    import torch
-
-BESIDE = ("config.json", "generation_config.json")
+BESIDE = ("config.json", "generation_config.json", "model.safetensors.index.json")
 
 
 def export_merged(
     model: Any, processor: Any, config: Config, folder: Path, scores: dict[str, Any] | None = None
 ) -> Path:
-    """Write base + adapter as safetensors with config, processor and model card.
+    """Write base + adapter, or the trained weights, as safetensors with config and processor.
 
     Raises:
-        ExportError: too little disk, a base that is not on this machine, or an adapter matrix without a base weight.
+        ExportError: too little disk, a base that is not on this machine, or learned weights that the base lacks.
     """
-    from peft import PeftModel
-
-    if not isinstance(model, PeftModel):  # full fine-tuning: the weights in memory are the model
-        check_space(sum(p.numel() * p.element_size() for p in model.parameters()), folder)
-        with hide_progress_bars():
-            model.save_pretrained(str(folder))
-    else:
-        merge_shards(model, find_base(config), folder)
+    merge_shards(model, find_base(config), folder)
     processor.save_pretrained(str(folder))
-    write_card(folder, config, "merged", scores)
     return folder
 
 
@@ -68,11 +60,8 @@ def check_space(needed: int, folder: Path) -> None:
         )
 
 
-def merge_shards(model: Any, base: Path, folder: Path) -> None:
-    """Write every safetensors file of the base with the adapter added, under the same names, with the index and config."""
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
+def find_shards(base: Path) -> list[Path]:
+    """Return the weight files of a 16-bit checkpoint. Raises ExportError when there are none, or packed ones."""
     settings = base / "config.json"
     if settings.is_file() and "quantization_config" in json.loads(settings.read_text(encoding="utf-8")):
         raise ExportError(
@@ -81,46 +70,92 @@ def merge_shards(model: Any, base: Path, folder: Path) -> None:
     shards = sorted(base.glob("*.safetensors"))
     if not shards:
         raise ExportError(f"{base} holds no safetensors files to merge into.")
-    check_space(sum(shard.stat().st_size for shard in shards), folder)
+    return shards
+
+
+def merge_shards(model: Any, base: Path, folder: Path) -> None:
+    """Copy every safetensors file of the base, with index and config, and write what was learned into the copies."""
+    shards = find_shards(base)
+    needed = sum(shard.stat().st_size for shard in shards)
+    check_space(needed, folder)
+    changes = match_changes(model, shards)
     folder.mkdir(parents=True, exist_ok=True)
-    deltas, used = adapter_modules(model), set()
-    for shard in shards:
-        tensors = {}
-        with safe_open(shard, "pt") as file:
-            for name in file.keys():  # noqa: SIM118  # safe_open is no mapping
-                tensor = file.get_tensor(name)
-                if name in deltas:
-                    used.add(name)
-                    tensor = add_delta(tensor, deltas[name])
-                tensors[name] = tensor
-            save_file(tensors, folder / shard.name, metadata=file.metadata() or {"format": "pt"})
-        print(f"Merged {shard.name}: {len(tensors)} tensors", flush=True)
-    lost = deltas.keys() - used
+    total = 0
+    try:
+        for shard in shards:
+            changed = write_shard(shard, folder / shard.name, changes)
+            total += changed
+            print(f"Merged {shard.name}: {changed} of {len(read_header(shard))} tensors changed", flush=True)
+        for name in BESIDE:
+            if (base / name).is_file():
+                shutil.copyfile(base / name, folder / name)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:  # others may fill the disk meanwhile
+            check_space(needed, folder)
+            raise ExportError(f"{folder}: the disk is full; the export needs {needed:,} bytes.") from error
+        raise
+    if not total:
+        raise ExportError(
+            f"The merged weights equal those of {base}: nothing was learned that its number format can hold. Train first, or for longer."
+        )
+
+
+def write_shard(shard: Path, target: Path, changes: dict[str, Change]) -> int:
+    """Copy one file and overwrite in place what changed; return how many tensors did."""
+    shutil.copyfile(shard, target)
+    changed = set()
+    with open(target, "r+b") as file:
+        for tensor in read_header(shard).values():
+            if tensor.name in changes:
+                for place, before, after in change_tensor(shard, tensor, changes[tensor.name]):
+                    if after != before:
+                        changed.add(tensor.name)
+                        file.seek(place)
+                        file.write(after)
+    return len(changed)
+
+
+def change_tensor(shard: Path, tensor: Tensor, change: Change) -> Iterator[tuple[int, bytearray, bytes]]:
+    """Yield (place in the file, bytes of the base, bytes of the merged model), some rows at a time."""
+    add = open_change(change, shard, tensor)
+    for first, last in split_rows(tensor):
+        before = read_bytes(shard, tensor, first, last)
+        place = tensor.start + first * (tensor.bytes // tensor.rows)
+        yield place, before, encode_rows(add(decode_rows(before, shard, tensor), first), tensor)
+
+
+def match_changes(model: Any, shards: list[Path]) -> dict[str, Change]:
+    """Return what changes by the name that each weight has in the base's files.
+
+    Raises ExportError when a learned weight has none there.
+    """
+    changes = find_changes(model)
+    names = match_names(model, [name for shard in shards for name in read_header(shard)])
+    matched = {on_disk: changes[name] for on_disk, name in names.items() if name in changes}
+    lost = sorted(changes.keys() - set(names.values()) - find_left_out(model))
     if lost:
-        raise ExportError(f"{len(lost)} adapter matrices have no weight in {base}, for instance {sorted(lost)[0]}.")
-    for name in (*BESIDE, "model.safetensors.index.json"):
-        if (base / name).is_file():
-            shutil.copy(base / name, folder / name)
+        raise ExportError(
+            f"{len(lost)} learned weights are not in {shards[0].parent}, for instance {lost[0]}: it is another model than the one that was trained."
+        )
+    return matched
 
 
-def adapter_modules(model: Any) -> dict[str, Any]:
-    """Return the adapted modules by the name of the base weight that each changes."""
-    from peft.tuners.lora import LoraLayer
-
-    return {
-        f"{name.removeprefix('base_model.model.')}.weight": module
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-    }
+def find_left_out(model: Any) -> set[str]:
+    """Return names that a checkpoint leaves out because it has them elsewhere or can compute them."""
+    ties = set(getattr(model, "all_tied_weights_keys", None) or {})
+    stored = set(model.state_dict())
+    return ties | {name for name, _ in model.named_buffers() if name not in stored}
 
 
-def add_delta(weight: "torch.Tensor", module: Any) -> "torch.Tensor":
-    """Return weight + scale * B @ A (DoRA: the re-scaled sum) in the weight's own dtype, computed in float32."""
-    import torch
+def match_names(model: Any, on_disk: list[str]) -> dict[str, str]:
+    """Return name in the files -> name in the model, by transformers' own rules for checkpoints that name things otherwise."""
+    from peft import PeftModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
 
-    if module.use_dora.get("default"):
-        # DoRA: magnitude * direction, the direction's length taken over each output row (https://arxiv.org/abs/2402.09353)
-        merged = weight.float() + module.get_delta_weight("default").float().cpu()
-        magnitude = module.lora_magnitude_vector["default"].weight.float().cpu()
-        return (magnitude / torch.linalg.norm(merged, dim=1)).unsqueeze(1).mul(merged).to(weight.dtype)
-    return (weight.float() + module.get_delta_weight("default").float().cpu()).to(weight.dtype)
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    rules = get_model_conversion_mapping(inner)
+    renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
+    stored = {name.replace(".base_layer", ""): value for name, value in inner.state_dict().items()}
+    prefix = inner.base_model_prefix
+    return {name: rename_source_key(name, renamings, [], prefix, stored)[0] for name in on_disk}

@@ -161,7 +161,7 @@ def test_going_on_from_a_saved_adapter_starts_at_its_loss(make_config: Any, save
 def test_an_adapter_that_is_not_loaded_turns_that_check_red(
     make_config: Any, saved_adapter: tuple[Path, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("forgekit.adapter.lora.load_adapter_weights", lambda model, folder: None)
+    monkeypatch.setattr("forgekit.adapter.lora.load_adapter_weights", lambda *given: None)
     with pytest.raises(AssertionError):
         test_going_on_from_a_saved_adapter_starts_at_its_loss(make_config, saved_adapter)
 

@@ -20,7 +20,7 @@ def make_learned(make_config: Any) -> Any:
         model = add_adapter(model, config)
         generator = torch.Generator().manual_seed(11)
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "lora_embedding_A" in name:  # the ones that start at zero
                 parameter.data.normal_(0, 0.1, generator=generator)
             if "lora_magnitude_vector" in name:
                 parameter.data.mul_(1 + 0.2 * torch.rand(parameter.shape, generator=generator))

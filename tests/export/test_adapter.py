@@ -1,6 +1,7 @@
 """The exported adapter is the trained one: reloaded by forgekit and by PEFT alone it gives the same logits."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,26 +14,45 @@ from forgekit.data.collate import render_chat
 from forgekit.data.messages import make_message
 from forgekit.errors import ExportError
 from forgekit.export.adapter import compare_adapter, export_adapter
+from forgekit.export.merged import export_merged
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "rslora": {"adapter.use_rslora": True},
-    "dora": {"adapter.use_dora": True},
+    "both": {"adapter.use_rslora": True, "adapter.use_dora": True},
 }
-PEFT_ALONE = """
+FRESH = """
 import json, sys
 import torch
 from peft import PeftModel
 from transformers import AutoProcessor, Gemma3nForConditionalGeneration
 ids, folders, out = torch.tensor([json.loads(sys.argv[1])]), sys.argv[3:], {}
+
+def read(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=ids, use_cache=False).logits
+
 for folder in folders:
     base = json.load(open(folder + "/adapter_config.json"))["base_model_name_or_path"]
-    model = PeftModel.from_pretrained(Gemma3nForConditionalGeneration.from_pretrained(base, dtype=torch.float32), folder)
+    base = Gemma3nForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, folder)
+    report = model.load_adapter(folder, adapter_name="again")
+    assert not report.missing_keys and not report.unexpected_keys, report
     AutoProcessor.from_pretrained(folder)
-    with torch.no_grad():
-        out[folder] = model.eval()(input_ids=ids, use_cache=False).logits
-torch.save(out, sys.argv[2])
+    out["peft " + folder] = read(model)
+    merged = folder + "-merged"
+    model, report = Gemma3nForConditionalGeneration.from_pretrained(
+        merged, trust_remote_code=False, local_files_only=True, output_loading_info=True)
+    assert not report["missing_keys"] and not report["mismatched_keys"] and not report["unexpected_keys"], report
+    AutoProcessor.from_pretrained(merged, trust_remote_code=False, local_files_only=True)
+    out["merged " + folder] = read(model)
 assert not [name for name in sys.modules if name.startswith("forgekit")]
+
+from forgekit import load_config, load_export
+config = load_config(None, {"model.engine": "huggingface", "model.device": "cpu", "model.load_in": "16bit"})
+for folder in folders:
+    base = json.load(open(folder + "/adapter_config.json"))["base_model_name_or_path"]
+    out["forgekit " + folder] = read(load_export(folder, config.change({"model.id": base}))[0])
+torch.save(out, sys.argv[2])
 """
 
 
@@ -40,24 +60,31 @@ def check_same(expected: Any, logits: Any) -> None:
     assert expected.shape == logits.shape and (expected - logits).abs().max() < 1e-5
 
 
-def test_peft_alone_in_a_fresh_process_gives_the_same_logits(make_learned: Any, tmp_path: Path) -> None:
+def test_a_fresh_process_gives_the_same_logits_by_peft_transformers_and_forgekit(
+    make_learned: Any, tmp_path: Path, project_folder: Path
+) -> None:
+    """PEFT alone and transformers alone, from disk and without a file of ours; forgekit last. No key is missing or over."""
     import torch
 
     ids, expected = [2, 4, 20, 30, 40, 50, 60, 5], {}
     for name, settings in VARIANTS.items():
         model, processor, config = make_learned(settings)
         folder = str(export_adapter(model, processor, config, tmp_path / "models" / name))
+        export_merged(model, processor, config, tmp_path / "models" / f"{name}-merged")
         with torch.no_grad():
             expected[folder] = model(input_ids=torch.tensor([ids]), use_cache=False).logits
             with model.disable_adapter():
                 base = model(input_ids=torch.tensor([ids]), use_cache=False).logits
         assert (expected[folder] - base).abs().max() > 0.1  # the adapter says something
     out = tmp_path / "logits.pt"
-    command = [sys.executable, "-c", PEFT_ALONE, json.dumps(ids), str(out), *expected]
-    subprocess.run(command, check=True, timeout=200, cwd=tmp_path)
+    command = [sys.executable, "-c", FRESH, json.dumps(ids), str(out), *expected]
+    environment = os.environ | {"PYTHONPATH": str(project_folder)}
+    subprocess.run(command, check=True, timeout=200, cwd=tmp_path, env=environment)
     found = torch.load(out)
     for folder, logits in expected.items():
-        check_same(logits, found[folder])
+        check_same(logits, found[f"peft {folder}"])
+        check_same(logits, found[f"forgekit {folder}"])
+        assert (logits - found[f"merged {folder}"]).abs().max() < 1e-4
 
 
 @pytest.fixture

@@ -8,13 +8,16 @@ import pytest
 
 from forgekit import add_adapter, export_model, load_export, load_model, start_run
 from forgekit.errors import ExportError
-from forgekit.export import merged
+from forgekit.export import changes, merged
+from forgekit.export.changes import LowRank, read_layer
 from forgekit.export.merged import export_merged
+from forgekit.run_folder import read_json
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"adapter.layers": ["attention", "mlp", "vision", "audio"]},
     "rslora": {"adapter.use_rslora": True},
     "dora": {"adapter.use_dora": True},
+    "per-layer table": {"adapter.layers": ["attention", "mlp", "per_layer_embeddings"]},
 }
 
 
@@ -42,9 +45,11 @@ def check_tensors(learned: Any, base: Path, folder: Path) -> None:
     before, after = read_tensors(base), read_tensors(folder)
     assert before.keys() == after.keys()
     adapted = {
-        name.removeprefix("base_model.model.").replace(".lora_A.default", "")
+        name.removeprefix("base_model.model.")
+        .replace(".lora_A.default", "")
+        .replace(".lora_embedding_A.default", ".weight")
         for name, _ in learned[0].named_parameters()
-        if "lora_A" in name
+        if "lora_A" in name or "lora_embedding_A" in name
     }
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == adapted and len(adapted) >= 24
@@ -62,12 +67,14 @@ def test_merged_logits_equal_adapter_logits(
     check_tensors(learned, tiny_folder, folder)
 
 
-def forget_scale(weight: Any, module: Any) -> Any:
-    return weight + module.lora_B["default"].weight.data @ module.lora_A["default"].weight.data
+def forget_scale(name: str, layer: Any) -> LowRank:
+    real = read_layer(name, layer)
+    return LowRank(real.left, real.right / layer.scaling["default"])
 
 
-def keep_base(weight: Any, module: Any) -> Any:
-    return weight
+def keep_base(name: str, layer: Any) -> LowRank:
+    real = read_layer(name, layer)
+    return LowRank(real.left, 1e-3 * real.right)
 
 
 @pytest.mark.parametrize("mutant", [forget_scale, keep_base])
@@ -75,7 +82,7 @@ def test_a_wrong_sum_turns_the_comparison_red(
     make_learned: Any, read_logits: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutant: Any
 ) -> None:
     learned = make_learned()  # lora_alpha / r is 2
-    monkeypatch.setattr(merged, "add_delta", mutant)
+    monkeypatch.setattr(changes, "read_layer", mutant)
     folder = export_merged(*learned, tmp_path / "models" / "merged")
     with pytest.raises(AssertionError, match="logits differ"):
         check_merged(learned, folder, read_logits, 1e-5)
@@ -84,8 +91,8 @@ def test_a_wrong_sum_turns_the_comparison_red(
 def test_one_module_left_out_turns_both_comparisons_red(
     make_learned: Any, read_logits: Any, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = merged.adapter_modules
-    monkeypatch.setattr(merged, "adapter_modules", lambda model: dict(list(real(model).items())[1:]))
+    real = merged.match_changes
+    monkeypatch.setattr(merged, "match_changes", lambda *given: dict(list(real(*given).items())[1:]))
     learned = make_learned()
     folder = export_merged(*learned, tmp_path / "models" / "merged")
     with pytest.raises(AssertionError):
@@ -167,8 +174,10 @@ def test_each_format_is_written_and_noted_in_the_run(make_learned: Any) -> None:
     assert run.record["exports"] == {"adapter": "models/lora", "merged": "models/merged"}
     for folder in written.values():
         assert "| exact match after | 0.9 |" in (folder / "README.md").read_text()
+        assert read_json(folder / "verify.json")["verified"] is True
         assert (folder / "tokenizer.json").is_file() and (folder / "chat_template.jinja").is_file()
     assert (written["merged"] / "config.json").is_file()
+    assert run.record["verified"] == {"adapter": True, "merged": True}
 
 
 def test_too_little_disk_is_refused_with_both_sizes_before_anything_is_written(
@@ -192,7 +201,9 @@ def test_an_adapter_for_weights_that_the_base_lacks_is_refused(
     save_file(
         {name: tensor for name, tensor in tensors.items() if "layers.0.mlp" not in name}, other / "model.safetensors"
     )
-    with pytest.raises(ExportError, match="3 adapter matrices have no weight in .*layers.0.mlp"):
+    with pytest.raises(
+        ExportError, match="3 learned weights are not in .*layers.0.mlp.*another model than the one that was trained"
+    ):
         merged.merge_shards(model, other, tmp_path / "merged")
 
 

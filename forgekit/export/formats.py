@@ -1,0 +1,39 @@
+"""The formats of `export.formats`: where each is placed below the run's folder, what writes it, what verifies it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from .adapter import export_adapter
+from .merged import export_merged
+from .verdict import Verdict
+from .verify_adapter import verify_adapter
+from .verify_merged import verify_merged
+
+
+class Format(NamedTuple):
+    """One format.
+
+    place: a folder below the run's, or a .gguf file there.
+    write: (model, processor, config, path, scores) -> path; writes the folder or file, which does not exist yet.
+    verify: (reference, path, config) -> Verdict; reads it back and compares with the model and rows of a compare.Reference.
+    """
+
+    place: str
+    write: Callable[..., Path]
+    verify: Callable[..., Verdict]
+
+
+FORMATS = {
+    "adapter": Format("models/lora", export_adapter, verify_adapter),
+    "merged": Format("models/merged", export_merged, verify_merged),
+}
+
+
+def find_format(path: Path) -> str | None:
+    """Return the name of the format that a folder or file is of, or None."""
+    if (path / "adapter_config.json").is_file():
+        return "adapter"
+    if (path / "config.json").is_file():
+        return "merged"
+    return next((name for name, format in FORMATS.items() if path.name == Path(format.place).name), None)
