@@ -1,7 +1,7 @@
 """Speed and memory of one training step: forgekit's fast path, Unsloth, and transformers + TRL, on one GPU.
 
     python -m benchmarks.fast_path CHECKPOINT [--rows core | all | SHAPE ...] [--sides SIDE ...] [--out FILE]
-    python -m benchmarks.fast_path --table FILE [--chart PNG]
+    python -m benchmarks.fast_path_show FILE [--chart PNG]      the table and the picture of what FILE holds
 
 CHECKPOINT is a folder of Gemma 3n at full size; random weights do, because speed and memory do not depend on values. Each side
 runs in a process of its own and measures its shapes one after the other; every row is printed and appended to FILE (JSON lines)
@@ -140,44 +140,16 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return list({(row["side"], row["shape"], row["checkpoint"]): row for row in map(json.loads, lines)}.values())
 
 
-def draw_chart(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw tokens a second of each side, shape by shape."""
-    from matplotlib.figure import Figure
-
-    rows = [row for row in rows if "error" not in row]
-    shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    sides = list(dict.fromkeys(row["side"] for row in rows))
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    axes = figure.subplots()
-    for number, side in enumerate(sides):
-        speeds = [next((r["tokens_per_s"] for r in rows if (r["side"], r["shape"]) == (side, shape)), 0) for shape in shapes]  # fmt: skip
-        places = [place + number * 0.8 / len(sides) for place in range(len(shapes))]
-        axes.bar(places, speeds, 0.8 / len(sides), label=side)
-    axes.set_xticks([place + 0.4 - 0.4 / len(sides) for place in range(len(shapes))], shapes)
-    axes.set(ylabel="tokens a second", xlabel="rows x tokens, per cent prompt")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-
-
 def main(arguments: list[str]) -> None:
     """Measure what is missing, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?")
+    parser.add_argument("checkpoint")
     parser.add_argument("--rows", nargs="+", default=["core"], help=f"core, all, or of {', '.join(SHAPES)}")
     parser.add_argument("--sides", nargs="+", default=list(SIDES), help="see benchmarks/sides.py, load_side")
     parser.add_argument("--out", type=Path, default=Path("fast_path.jsonl"))
     parser.add_argument("--seconds", type=int, default=570, help="longest time of one side")
-    parser.add_argument("--table", type=Path, help="print this file's rows as a table and measure nothing")
-    parser.add_argument("--chart", type=Path, help="with --table: draw them too")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # measure in this process
     options = parser.parse_args(arguments)
-    if options.table:
-        rows = read_rows(options.table)
-        print(HEAD, *(describe(row) for row in sorted(rows, key=lambda row: (row["shape"], row["side"]))), sep="\n")
-        if options.chart:
-            draw_chart(rows, options.chart)
-        return
     wanted = {"core": CORE, "all": tuple(SHAPES)}.get(options.rows[0], tuple(options.rows))
     if options.here:
         run_side(options.sides[0], list(wanted), options.checkpoint, options.out)

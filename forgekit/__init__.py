@@ -42,8 +42,13 @@ if TYPE_CHECKING:  # the table of contents, in order of flow
 
     # evaluate
     from .evaluate.scores import Scores as Scores
-    from .evaluate.scores import compare_scores as compare_scores
-    from .evaluate.scores import evaluate_model as evaluate_model
+    from .train.score import evaluate_model as evaluate_model
+    from .train.score import score_baseline as score_baseline
+    from .train.score import check_regression as check_regression
+    from .evaluate.baseline import load_general as load_general
+    from .evaluate.comparison import compare_scores as compare_scores
+    from .evaluate.gates import check_gates as check_gates
+    from .evaluate.precision import measure_precisions as measure_precisions
     from .evaluate.scores import show_answers as show_answers
     from .evaluate.generate import generate_answer as generate_answer
     from .evaluate.generate import generate_answers as generate_answers
@@ -96,8 +101,13 @@ CONTENTS = {
     "enable_fast_path": "train.fast_path",
     "disable_fast_path": "train.fast_path",
     # evaluate
-    "evaluate_model": "evaluate.scores",
-    "compare_scores": "evaluate.scores",
+    "evaluate_model": "train.score",
+    "score_baseline": "train.score",
+    "check_regression": "train.score",
+    "load_general": "evaluate.baseline",
+    "compare_scores": "evaluate.comparison",
+    "check_gates": "evaluate.gates",
+    "measure_precisions": "evaluate.precision",
     "show_answers": "evaluate.scores",
     "Scores": "evaluate.scores",
     "generate_answer": "evaluate.generate",

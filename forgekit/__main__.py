@@ -10,7 +10,7 @@ from typing import Any
 from . import __version__
 from .errors import ConfigError, ForgekitError
 
-FAILED, USAGE, INTERRUPTED = 1, 2, 130
+FAILED, USAGE, GATES_FAILED, INTERRUPTED = 1, 2, 3, 130
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -31,7 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser(
         "run",
         help="execute a notebook without a browser",
-        description="Execute a notebook with a recipe; settings are checked before anything is loaded. Exit code: 0 completed, 1 failed, 2 wrong usage or settings, 130 interrupted.",
+        description="Execute a notebook with a recipe; settings are checked before anything is loaded. Exit code: 0 completed, 1 failed, 2 wrong usage or settings, 3 a gate failed and evaluate.gates_action is stop, 130 interrupted.",
         epilog="example: forgekit run notebooks/01_text.ipynb --recipe params/text.yaml --set train.max_steps=60 adapter.r=32",
     )
     verb.add_argument("notebook", metavar="NOTEBOOK", type=Path, help="one with a cell tagged `parameters`")
@@ -52,6 +52,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("recipe", metavar="RECIPE", nargs="+", help="YAML file with settings; further ones go on top")
     add_set(verb)
+
+    verb = verbs.add_parser(
+        "gates",
+        help="judge what a run has shown: better than its base, verified",
+        description="Judge the gates of a finished run from its files and print them. Exit code: 0 all passed, 3 one did not.",
+        epilog="example: forgekit gates runs/first",
+    )
+    verb.add_argument("run", metavar="RUN", type=Path, help="a run's name, or its folder")
 
     verb = verbs.add_parser(
         "doctor",
@@ -121,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] == ["lab"] and arguments[1:2] not in (["-h"], ["--help"]):
         return start_lab(arguments[1:])
     options = make_parser().parse_args(arguments)
-    verbs = {"init": init, "run": run, "plan": plan, "doctor": doctor, "slice": slice_model}
+    verbs = {"init": init, "run": run, "plan": plan, "gates": gates, "doctor": doctor, "slice": slice_model}
     try:
         return verbs[options.verb](options)
     except ConfigError as error:
@@ -157,7 +165,7 @@ def run(options: argparse.Namespace) -> int:
         options.notebook, " + ".join(options.recipe or []) or None, read_assignments(options.set), options.name
     )
     print_summary(finished)
-    return {"completed": 0, "stopped": INTERRUPTED}.get(finished.record["state"], FAILED)
+    return {"completed": 0, "stopped": INTERRUPTED, "gates_failed": GATES_FAILED}.get(finished.record["state"], FAILED)
 
 
 def plan(options: argparse.Namespace) -> int:
@@ -173,6 +181,16 @@ def plan(options: argparse.Namespace) -> int:
     print(layers)
     print(f"\n{estimate_memory(layers, config, shapes)}\n\n{advise_cards(config, shapes).to_string(index=False)}")
     return 0
+
+
+def gates(options: argparse.Namespace) -> int:
+    """Print the verdicts on a run."""
+    from .evaluate.gates import check_gates
+    from .run_folder import find_run
+
+    found = check_gates(find_run(options.run))
+    print(found)
+    return 0 if found.held else GATES_FAILED
 
 
 def read_assignments(assignments: list[str]) -> dict[str, Any]:

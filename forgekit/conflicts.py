@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def find_conflicts(config: "Config") -> list[str]:
     """Return a sentence for every setting that does not go with another one."""
-    problems = find_adapter_conflicts(config)
+    problems = find_adapter_conflicts(config) + find_evaluate_conflicts(config)
     if config.train.early_stopping and not config.train.eval_steps:
         problems.append("train.early_stopping needs scores during training: set train.eval_steps too.")
     if config.train.eval_steps and config.data.validation is None:
@@ -41,6 +41,23 @@ def find_conflicts(config: "Config") -> list[str]:
         problems.append(
             "export.formats asks for adapter, and model.load_in: full trains the weights themselves, without one. "
             "Set export.formats: [merged]."
+        )
+    return problems
+
+
+def find_evaluate_conflicts(config: "Config") -> list[str]:
+    """Return a sentence for every metric or gate that lacks what it needs."""
+    evaluate, problems = config.evaluate, []
+    if "regex" in evaluate.metric and evaluate.pattern is None:
+        problems.append("evaluate.metric: regex needs evaluate.pattern, for instance '#### (-?[0-9.,]+)'.")
+    if evaluate.pattern is not None:
+        try:
+            re.compile(evaluate.pattern)
+        except re.error as error:
+            problems.append(f"evaluate.pattern: {evaluate.pattern!r} is no regular expression ({error}).")
+    if "no-regression" in evaluate.gates and not evaluate.regression:
+        problems.append(
+            "evaluate.gates asks for no-regression, which needs evaluate.regression: {path: general.jsonl, drop: 0.02}."
         )
     return problems
 

@@ -1,12 +1,14 @@
 """One run, one folder: settings, state, log, metrics and models of a run, written so that a reader never meets half a file.
 
 runs/<name>/
-  run.json      settings with origins, versions, adapter, scores, exports; state: running | completed | failed | stopped
+  run.json      settings with origins, versions, adapter, scores, exports; state: running | completed | failed |
+                stopped | gates_failed
   plan.json     which modules learn, with ranks and numbers of parameters
   status.json   while training: step, total_steps, epoch, loss, learning_rate, eta_seconds, ...
   notebook.ipynb  notebook.html   under `forgekit run`
   checkpoints/  models/lora  models/merged  logs/training.log  logs/metrics.jsonl
-  metrics/baseline.json  metrics/training-stats.json  metrics/scores.json  quarantine.jsonl
+  metrics/baseline.json  metrics/training-stats.json  metrics/scores.json  metrics/regression.json  metrics/gates.json
+  quarantine.jsonl
 """
 
 import json
@@ -135,6 +137,15 @@ def find_run_root(recipe: Path | None) -> Path:
     if os.environ.get("FORGEKIT_RUNS"):
         return Path(os.environ["FORGEKIT_RUNS"]).absolute()
     return (recipe.parent.parent if recipe and os.access(recipe.parent.parent, os.W_OK) else Path.cwd()) / "runs"
+
+
+def find_run(name: Path) -> Path:
+    """Return the folder of a run that was given by its folder, or by its name below the run root. Raises RunError."""
+    places = [name, find_run_root(None) / name]
+    for place in places:
+        if (place / "run.json").is_file():
+            return place.absolute()
+    raise RunError(f"no run {str(name)!r}: there is no run.json in {' or '.join(str(place) for place in places)}.")
 
 
 def check_name(name: str | int) -> str:

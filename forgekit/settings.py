@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from .gate_settings import check_gates, check_metrics, check_regression
 from .layer_groups import LAYERS_HELP, check_layers, describe_groups
 from .slice_presets import SLICE_HELP, check_slice
 
@@ -225,10 +226,31 @@ class Train(Section):
 class Evaluate(Section):
     """How the model is scored, before and after."""
 
-    metric: Literal["exact_match"] = setting("exact_match", "share of held-out rows answered exactly")
+    metric: Annotated[tuple[str, ...], BeforeValidator(check_metrics)] = setting(
+        ("exact_match",),
+        "how answers are scored, one name or several, the first decides: exact_match, normalized_match, token_f1, contains, "
+        "regex, json_equal, cer, wer, bleu, chrf, rouge_l, choice, loss, perplexity, or module:function of your own",
+    )
+    pattern: str | None = setting(
+        None,
+        "for regex: what counts in an answer; its last find (or the group's, where there is one) must be the reference's",
+    )
+    choices: Names = setting((), "for choice: the answers to choose from, where rows bring no choices of their own")
     rows: int | None = setting(100, "held-out rows that are answered; empty: all", ge=1)
     max_new_tokens: int = setting(256, "longest answer in tokens", ge=1)
     per_device_eval_batch_size: int = setting(8, "rows answered or scored together", ge=1)
+    regression: Annotated[dict[str, Any], BeforeValidator(check_regression)] = setting(
+        {},
+        "a second, general set on which the score may not drop by more than `drop`: {path: general.jsonl, drop: 0.02}",
+    )
+    gates: Annotated[dict[str, dict[str, float]], BeforeValidator(check_gates)] = setting(
+        {},
+        "what a run has to show: baseline-established, model-performance, no-regression, quantization-verified; a list, or "
+        "with limits, for instance {model-performance: {margin: 0.2}}",
+    )
+    gates_action: Literal["warn", "stop"] = setting(
+        "warn", "what a gate that fails does to `forgekit run`: warn, or stop (exit code 3, state gates_failed)"
+    )
 
 
 class Export(Section):

@@ -64,6 +64,15 @@ def test_the_slice_benchmark_measures_compares_and_runs(tmp_path: Path) -> None:
         slice_benchmark.compare_tensors(source, out)
 
 
+def test_the_table_of_the_fast_path_is_the_one_that_was_measured(project_folder: Path, tmp_path: Path) -> None:
+    from benchmarks import fast_path_show
+
+    rows = fast_path_show.read_rows(project_folder / "benchmarks/fast_path.jsonl")
+    assert fast_path_show.make_table(rows) in (project_folder / "benchmarks/README.md").read_text(encoding="utf-8")
+    fast_path_show.draw_chart(rows, tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").stat().st_size > 10_000
+
+
 @pytest.mark.slow
 def test_the_benchmark_of_exports_prints_each_kind_and_its_worst(project_folder: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.verify", "--steps", "1", "--seeds", "1"]

@@ -64,7 +64,7 @@ def no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- help and usage --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["init", "run", "doctor", "slice", "lab"])
+@pytest.mark.parametrize("verb", ["init", "run", "gates", "doctor", "slice", "lab"])
 def test_help_names_every_verb_and_each_verb_has_its_own(verb: str, capsys: pytest.CaptureFixture) -> None:
     for arguments in (["--help"], [verb, "--help"]):
         with pytest.raises(SystemExit) as left:
@@ -79,7 +79,8 @@ def test_help_explains_every_argument_and_the_exit_codes(capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         main(["run", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "Exit code: 0 completed, 1 failed, 2 wrong usage or settings, 130 interrupted." in text
+    codes = "0 completed, 1 failed, 2 wrong usage or settings, 3 a gate failed and evaluate.gates_action is stop, 130 interrupted."
+    assert f"Exit code: {codes}" in text
     for argument in ("NOTEBOOK one with a cell tagged", "--recipe R YAML file", "--name N the run's name"):
         assert argument in text
     assert "example: forgekit run notebooks/01_text.ipynb" in text

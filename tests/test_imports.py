@@ -15,6 +15,7 @@ TIERS = (
     ("errors",),
     (
         "layer_groups",
+        "gate_settings",
         "conflicts",
         "environment",
         "settings",

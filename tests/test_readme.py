@@ -84,6 +84,15 @@ def test_the_headless_example_has_valid_settings():
     assert (config.train.max_steps, config.adapter.r) == (200, 32)
 
 
+def test_settings_shown_as_yaml_are_valid():
+    blocks = re.findall(r"```yaml\n(.*?)```", README, re.S)
+    assert blocks
+    for block in blocks:
+        evaluate = load_config(None, block).evaluate
+        assert evaluate.gates["model-performance"] == {"margin": 0.2}
+        assert (evaluate.gates_action, evaluate.regression["drop"]) == ("stop", 0.02)
+
+
 def test_the_papermill_example_runs(tmp_path):
     words = find_command("papermill ")
     words[words.index("out.ipynb")] = str(tmp_path / "out.ipynb")

@@ -37,7 +37,8 @@ def load_data(
 
     Args:
         processor: from `load_processor`; rows are measured in its tokens.
-        to_example: turns one row into {"messages": [...]}; without it the format is detected, or taken from data.format.
+        to_example: turns one row into {"messages": [...]}, with "choices" too where evaluate.metric is choice; without it the
+            format is detected, or taken from data.format.
         quarantine_file: where the rows set aside are written as JSON lines, for instance run.path / "quarantine.jsonl"; with
             data.save_splits the splits are written beside it, as data/splits/train.jsonl and so on.
         rows: rows in memory in place of data.path: a list of dicts, a `datasets.Dataset`, or one of these for each split.
@@ -110,8 +111,11 @@ def make_table(kept: Kept, numbers: "numpy.ndarray", to_example: ToExample, medi
     """Return some of the good rows as a table whose rows become messages when they are read."""
     decode, folder = kept.decode, kept.folder
 
-    def convert(batch: Mapping[str, list[Any]]) -> dict[str, list[Messages]]:
-        return {"messages": [load_row(to_example(row), folder, media) for row in decode(batch)]}
+    def convert(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        examples = [to_example(row) for row in decode(batch)]
+        choices = [example.get("choices") for example in examples]
+        messages: list[Messages] = [load_row(example, folder, media) for example in examples]
+        return {"messages": messages, **({"choices": choices} if any(choices) else {})}
 
     table = kept.table if len(numbers) == len(kept.table) else kept.table.select(numbers)
     return table.with_transform(convert)

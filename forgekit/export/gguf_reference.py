@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.collate import Markers, get_tokenizer, mark_learned, tokenize_texts
 from ..data.messages import Messages, get_text
 from ..evaluate.generate import end_tokens, inference
-from ..evaluate.scores import autocast
+from ..evaluate.loss import autocast
 from .compare import choose_rows
 from .llama import measure_answers, open_gguf
 

@@ -13,6 +13,7 @@ from typing import Any
 from ..config import PARAMETERS, load_config, read_settings
 from ..environment import set_environment
 from ..errors import ConfigError, RunError
+from ..evaluate.gates import STOPPED, check_gates
 from ..recipe import find_recipes
 from ..run_folder import DONE, Run, check_name, check_unused, find_run_root, now, read_json, write_text
 
@@ -26,7 +27,8 @@ def run_notebook(notebook: Path, recipe: str | None, settings: Mapping[str, Any]
         settings: dotted names on top of the recipe.
         name: the run's name; None takes the time.
 
-    Returns the run, state "completed" or "failed". What the cells print appears as it comes.
+    Returns the run, state "completed" or "failed"; "gates_failed" when a gate of evaluate.gates did not pass and
+    evaluate.gates_action is stop. What the cells print appears as it comes.
 
     Raises:
         ConfigError, RunError: before the kernel starts, when a setting, the notebook or the name is wrong.
@@ -61,10 +63,21 @@ def run_notebook(notebook: Path, recipe: str | None, settings: Mapping[str, Any]
     finally:
         # the kernel has added settings, scores and exports to run.json in the meantime
         run.record = read_json(path / "run.json")
+        if state == DONE:
+            state, failure = judge_run(run)
         run.finish(state, failure)
     if (path / "notebook.ipynb").exists():
         write_html(path / "notebook.ipynb", path / "notebook.html")
     return run
+
+
+def judge_run(run: Run) -> tuple[str, str | None]:
+    """Judge the gates of a run that came to its end; return its state, and which gates failed if that stops it."""
+    gates = check_gates(run)
+    action = run.record.get("settings", {}).get("evaluate.gates_action", {}).get("value")
+    if gates.held or action != "stop":
+        return DONE, None
+    return STOPPED, f"gates that did not pass: {', '.join(gates.failed)}"
 
 
 # settings that may name a file or folder
@@ -78,6 +91,9 @@ def find_here(settings: Mapping[str, Any]) -> dict[str, Any]:
         value = found.get(name)
         if isinstance(value, str) and value and Path(value).expanduser().exists():
             found[name] = str(Path(value).expanduser().absolute())
+    general = found.get("evaluate.regression")
+    if isinstance(general, dict) and Path(str(general.get("path", ""))).expanduser().is_file():
+        found["evaluate.regression"] = general | {"path": str(Path(general["path"]).expanduser().absolute())}
     return found
 
 

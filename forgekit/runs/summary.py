@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..errors import DataError, RunError
+from ..evaluate.comparison import compare_scores
+from ..evaluate.scores import read_scores
 from ..run_folder import Run, read_json
 
 
@@ -16,6 +19,12 @@ def print_summary(run: Run, answers: int = 5) -> None:
     baseline, scores = run.path / "metrics" / "baseline.json", run.path / "metrics" / "scores.json"
     if baseline.exists() and scores.exists():
         print_scores(read_json(baseline), read_json(scores), answers)
+        print_change(baseline, scores)
+    gates = run.path / "metrics" / "gates.json"
+    if gates.exists():
+        print("\nGates")
+        for verdict in read_json(gates)["gates"]:
+            print(f"  {verdict['gate']:<22} {verdict['verdict']:<8} {verdict['reason']}")
     print("\nWhere things are")
     for title, place in find_places(run).items():
         print(f"  {title:<11}{place}")
@@ -23,10 +32,19 @@ def print_summary(run: Run, answers: int = 5) -> None:
         print(f"\nOpen it in JupyterLab:  {find_command()} lab {shlex.quote(str(run.path / 'notebook.ipynb'))}")
 
 
+def print_change(baseline: Path, scores: Path) -> None:
+    """Print how sure the change is, by the metric that decides."""
+    try:
+        print(f"\n  {compare_scores(read_scores(baseline), read_scores(scores)).change}")
+    except (DataError, RunError) as error:  # the notebook scored other rows the second time, or wrote another file
+        print(f"\n  {error}")
+
+
 def print_scores(before: dict[str, Any], after: dict[str, Any], answers: int) -> None:
     """Print both scores and the first answers of each."""
     print(f"\nScore on {len(after['rows'])} held-out rows     before     after")
-    print(f"  exact match               {before['exact_match']:>7.1%}   {after['exact_match']:>7.1%}")
+    if None not in (before["exact_match"], after["exact_match"]):  # no answers are asked for where the loss alone counts
+        print(f"  exact match               {before['exact_match']:>7.1%}   {after['exact_match']:>7.1%}")
     print(f"  loss, nats a token        {before['loss']:>7.3f}   {after['loss']:>7.3f}")
     for old, new in list(zip(before["rows"], after["rows"], strict=True))[:answers]:
         print(f"\n  question  {' '.join(new['question'].split())}")

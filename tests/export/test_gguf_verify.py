@@ -76,7 +76,7 @@ def make_learned_model(folder: Path, orders_file: Path, size: float = 0.1) -> An
 def test_the_perplexity_of_a_file_is_the_models(learned: Any, tmp_path: Path) -> None:
     import math
 
-    from forgekit.evaluate.scores import measure_loss
+    from forgekit.evaluate.loss import measure_loss
     from forgekit.export.gguf_reference import measure_perplexity
 
     model, processor, config = learned

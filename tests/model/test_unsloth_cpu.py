@@ -14,7 +14,7 @@ import json, sys
 from pathlib import Path
 
 import forgekit
-from forgekit.evaluate.scores import measure_loss
+from forgekit.evaluate.loss import measure_loss
 
 settings = json.loads(sys.argv[1])
 config = forgekit.load_config(None, settings)

@@ -227,7 +227,7 @@ def held_out(trainer: Any) -> list[float]:
 
 def check_best_is_loaded(trainer: Any) -> None:
     """Measure the held-out loss of the model in memory: it is the lowest that was scored, and not the last."""
-    from forgekit.evaluate.scores import measure_loss
+    from forgekit.evaluate.loss import measure_loss
 
     scores = held_out(trainer)
     best = scores.index(min(scores)) + 1
