@@ -123,7 +123,7 @@ class Model(Section):
     slice: Annotated[dict[str, Any], BeforeValidator(check_slice)] = setting({}, SLICE_HELP)
     offload_ple: Switch = setting(
         "auto",
-        "keep the per-layer embedding table (4.0 GB in E2B, 4.7 GB in E4B) in the machine's memory; auto: when train.memory is low",
+        "keep the per-layer embedding table (4.0 GB in E2B, 4.7 GB in E4B) in the machine's memory; on: from loading on (Unsloth: while it trains); auto: while it trains with train.memory low",
     )
     max_length: int = setting(
         2048,
