@@ -72,9 +72,7 @@ def verify_gguf(kind: str, trained: Reference, path: Path, config: Config) -> Ve
 
     Returns the Verdict; its notes list how many tensors have which type. Raises ExportError when llama.cpp cannot load it.
     """
-    size, (meant, unchanged) = path.stat().st_size, read_seal(path)
-    whole = at_most("files whose bytes differ from those written", int(not unchanged), 0)
-    verdict = Verdict((at_most("bytes too many or too few", abs(size - meant), 0), whole), size, meant)
+    verdict = check_bytes(path)
     if not verdict.verified:  # llama.cpp may end the process over a damaged file
         return verdict
     processor, (chats, own) = trained.processor, list_chats(trained.chats, ROWS)
@@ -91,6 +89,13 @@ def verify_gguf(kind: str, trained: Reference, path: Path, config: Config) -> Ve
                 scores = score_both(server, reference, processor, chats[:own], config.evaluate.max_new_tokens)
                 verdict = verdict.add(score=scores[0], merged_score=scores[1])
     return verdict
+
+
+def check_bytes(path: Path) -> Verdict:
+    """Say whether a file holds the bytes that were meant to be written."""
+    size, (meant, unchanged) = path.stat().st_size, read_seal(path)
+    whole = at_most("files whose bytes differ from those written", int(not unchanged), 0)
+    return Verdict((at_most("bytes too many or too few", abs(size - meant), 0), whole), size, meant)
 
 
 def count_types(path: Path) -> dict[str, int]:

@@ -1,7 +1,8 @@
 """The picture tower as a GGUF file of its own (mmproj), which llama.cpp loads beside the text model.
 
-llama.cpp builds the tower of the released checkpoints and no other: MobileNetV5 at 768 x 768 pixels beside a text model of
-width 2048 (llama.cpp, tools/mtmd, PROJECTOR_TYPE_GEMMA3NV). For Gemma 3n's sound it has nothing.
+llama.cpp takes channels and blocks of MobileNetV5 from the tensors and fixes the rest as the released checkpoints have it:
+768 x 768 pixels, 256 soft tokens, a text model of width 2048 (llama.cpp, tools/mtmd/models/mobilenetv5.cpp and clip.cpp,
+PROJECTOR_TYPE_GEMMA3NV). For Gemma 3n's sound it has nothing.
 """
 
 import json
@@ -11,13 +12,31 @@ from typing import Any
 
 from ..config import Config
 from ..errors import ExportError
+from ..run_folder import write_text
+from .card import TERMS
 from .gguf import append_tensors, check_room, describe_model, open_merged, start_file
 from .gguf_metadata import add_description
 from .gguf_tensors import Tensor, Weights
 
+CARD = """\
+# {name}: its eyes, as GGUF
+
+`{file}` is the picture tower for the text models beside it. `mmproj-F16.verify.json` says how far the soft tokens that
+llama.cpp makes of a picture with it are from the trained model's.
+
+    llama-server -m model-Q8_0.gguf --mmproj {file} --jinja
+
+llama.cpp puts black bars around a picture that is not square, where training stretches it: stretch it to {pixels} x {pixels}
+pixels before it is sent.
+
+## Terms
+
+{terms}
+"""
+ARCHITECTURE = "mobilenetv5_300m_enc"
 TOWER, PROJECTION = "model.vision_tower.timm_model.", "model.embed_vision."
 PIXELS, PATCH = 768, 3
-TEXT_WIDTH = 2048
+TEXT_WIDTH, TOKENS = 2048, 256
 BLOCKS, HEADS = 128, 8  # asked for and not used: the tower is built from the tensors' names
 KEPT = ("stem", "gamma", "norm", "bn")  # parts of names that stay in float32
 
@@ -25,31 +44,41 @@ KEPT = ("stem", "gamma", "norm", "bn")  # parts of names that stay in float32
 def export_vision(model: Any, processor: Any, config: Config, path: Path, scores: dict[str, Any] | None = None) -> Path:
     """Write the picture tower with what it learned as a GGUF file in F16.
 
-    Raises ExportError for a tower that llama.cpp cannot build, with the reason.
+    Raises ExportError for a tower that llama.cpp cannot build, with the reasons.
     """
+    check_tower(model.config, processor)
     about = describe_model(config)
-    check_tower(model.config.to_dict())
     with open_merged(model, processor, config, path) as merged:
-        return write_vision(merged, path, about)
+        write_vision(merged, path, about)
+    write_text(path.parent / "mmproj.md", CARD.format(file=path.name, pixels=PIXELS, terms=TERMS, **about))
+    return path
 
 
-def check_tower(settings: dict[str, Any]) -> None:
+def check_tower(settings: Any, processor: Any) -> None:
     """Raise ExportError with every reason why llama.cpp cannot build a checkpoint's picture tower.
 
     Args:
-        settings: the checkpoint's config.json.
+        settings: the model's config.
     """
-    vision, text = settings.get("vision_config"), settings.get("text_config", {})
-    if settings.get("model_type") != "gemma3n" or not vision:
+    vision = getattr(settings, "vision_config", None)
+    images = getattr(processor, "image_processor", None)
+    if settings.model_type != "gemma3n" or not vision or not images:
         raise ExportError("This checkpoint has no picture tower of Gemma 3n. Leave gguf:mmproj out of export.formats.")
+    width, tokens = settings.get_text_config().hidden_size, settings.vision_soft_tokens_per_image
+    size = images.size["height"], images.size["width"]
     reasons = []
-    if text.get("hidden_size") != TEXT_WIDTH:
-        reasons.append(f"the text model is {text.get('hidden_size')} wide, and it takes {TEXT_WIDTH}")
-    if vision.get("architecture") != "mobilenetv5_300m_enc" or vision.get("model_args"):
-        reasons.append("the tower is not the released MobileNetV5")
+    if vision.architecture != ARCHITECTURE:
+        reasons.append(f"the tower is {vision.architecture}, and it knows {ARCHITECTURE}")
+    if width != TEXT_WIDTH:
+        reasons.append(f"the text model is {width} wide, and it takes {TEXT_WIDTH}")
+    if tokens != TOKENS:
+        reasons.append(f"a picture becomes {tokens} soft tokens, and it makes {TOKENS}")
+    if size != (PIXELS, PIXELS):
+        reasons.append(f"pictures have {size[0]} x {size[1]} pixels, and it takes {PIXELS} x {PIXELS}")
     if reasons:
         raise ExportError(
-            f"llama.cpp cannot read pictures for this model: {'; '.join(reasons)}. Leave gguf:mmproj out of export.formats."
+            f"llama.cpp cannot read pictures for this model: {'; '.join(reasons)}. Leave gguf:mmproj out of export.formats: the other formats "
+            "of GGUF hold the text model, and merged holds the whole one."
         )
 
 
@@ -58,8 +87,8 @@ def write_vision(source: Path, path: Path, about: dict[str, Any]) -> Path:
     from gguf import GGMLQuantizationType as Type
 
     settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    check_tower(settings)
-    plan = [(tensor, Type.F32 if len(tensor.shape) == 1 or any(part in tensor.name for part in KEPT) else Type.F16) for tensor in plan_tower(source)]  # fmt: skip
+    tensors = plan_tower(source)
+    plan = [(tensor, Type.F32 if len(tensor.shape) == 1 or any(part in tensor.name for part in KEPT) else Type.F16) for tensor in tensors]  # fmt: skip
     check_room(plan, path)
     temporary = path.with_name(f".{path.name}.part")
     try:
