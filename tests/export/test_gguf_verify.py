@@ -7,7 +7,7 @@ from typing import Any
 import numpy
 import pytest
 
-from forgekit import export_model, start_run
+from forgekit import check_gates, export_model, start_run
 from forgekit.data.messages import check_example
 from forgekit.data.samples.orders import load_orders
 from forgekit.export import gguf, gguf_metadata, gguf_verify
@@ -205,6 +205,7 @@ def test_a_bound_that_fails_keeps_the_file_apart_and_the_run_says_so(
         "unverified/quantized/model-Q8_0.verify.json",
         "unverified/quantized/verify.json",
     ]
+    assert check_gates(run.path, {"quantization-verified": {}}).verdicts[0].verdict == "failed"
     verdict = json.loads((run.path / "models/quantized/model-F16.verify.json").read_text())
     assert verdict["verified"] and verdict["types"]["F16"] > 100 and verdict["score"] == verdict["merged_score"] == 0
     assert "NOT VERIFIED" in capsys.readouterr().out
