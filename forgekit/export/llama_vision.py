@@ -36,7 +36,7 @@ class Settings(Structure):
         ("print_timings", c_bool),
         ("n_threads", c_int),
         ("image_marker", c_char_p),
-        ("media_marker", c_char_p),
+        ("media_marker", c_void_p),
         ("flash_attn_type", c_int),
         ("warmup", c_bool),
         ("image_min_tokens", c_int),
@@ -70,6 +70,7 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {  # name -> result, arguments
     "llama_model_load_from_file": (c_void_p, c_char_p, ModelSettings),
     "llama_model_free": (None, c_void_p),
     "mtmd_log_set": (None, LOG, c_void_p),
+    "mtmd_default_marker": (c_void_p,),
     "mtmd_context_params_default": (Settings,),
     "mtmd_init_from_file": (c_void_p, c_char_p, c_void_p, Settings),
     "mtmd_free": (None, c_void_p),
@@ -103,8 +104,9 @@ def load_mtmd() -> Any:
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     found = library.mtmd_context_params_default()
-    values = (found.use_gpu, found.print_timings, found.n_threads, found.media_marker, found.flash_attn_type, found.warmup)
-    if values != (True, True, 4, MARKER, -1, True) or found.batch_max_tokens != 1024:
+    values = (found.use_gpu, found.print_timings, found.n_threads, found.flash_attn_type, found.warmup)
+    marker = found.media_marker == library.mtmd_default_marker()  # the same place in memory
+    if values != (True, True, 4, -1, True) or not marker or found.batch_max_tokens != 1024:
         raise ExportError(
             "This version of xllamacpp lays out llama.cpp's picture settings in a way that forgekit does not know, so gguf:mmproj cannot be "
             "verified. Install xllamacpp==2026.10.11549, or leave gguf:mmproj out of export.formats."
@@ -132,7 +134,9 @@ def read_soft_tokens(path: Path, picture: "Image", width: int) -> "numpy.ndarray
         stack.callback(library.mtmd_input_chunks_free, pieces)
         text = Text(MARKER, len(MARKER), False, False)
         check(library.mtmd_tokenize(context, pieces, ctypes.byref(text), (c_void_p * 1)(pixels), 1) == 0, path)
-        found = [library.mtmd_input_chunks_get(pieces, place) for place in range(library.mtmd_input_chunks_size(pieces))]
+        found = [
+            library.mtmd_input_chunks_get(pieces, place) for place in range(library.mtmd_input_chunks_size(pieces))
+        ]
         piece = next(piece for piece in found if library.mtmd_input_chunk_get_type(piece) == PICTURE)
         check(library.mtmd_encode_chunk(context, piece) == 0, path)
         shape = (library.mtmd_input_chunk_get_n_tokens(piece), width)
@@ -163,7 +167,9 @@ def open_tower(path: Path, width: int) -> Iterator[tuple[Any, int]]:
 def check(worked: Any, path: Path) -> None:
     """Raise ExportError with what llama.cpp said when one of its functions did not work."""
     if not worked:
-        raise ExportError(f"{path}: llama.cpp cannot read pictures with this file: {' '.join(said) or 'it gave no reason'}")
+        raise ExportError(
+            f"{path}: llama.cpp cannot read pictures with this file: {' '.join(said) or 'it gave no reason'}"
+        )
 
 
 def write_carrier(path: Path, width: int) -> Path:

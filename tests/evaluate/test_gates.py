@@ -82,6 +82,7 @@ STATS, VERIFY, GGUF = "metrics/training-stats.json", "models/quantized/verify.js
 RISING = [(step, 3.0 - 0.05 * step if step < 30 else 1.5 + 0.05 * (step - 30)) for step in range(60)]
 HELD = {"name": "mean KL", "value": 0.5, "bound": 0.01, "held": False}
 
+
 # gate, how the run is broken, verdict, words of the reason
 def keep_apart(folder: Path) -> None:
     """Leave the run as an export does whose only GGUF failed its bound."""
