@@ -1,5 +1,6 @@
 """The model card (README.md) of an export: base, data, plan, settings, scores, gates, hardware, how to use it, its terms."""
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,15 @@ def describe_gates(run: Run | None) -> list[str]:
         return []
     rows = [(gate["gate"], gate["verdict"], gate["reason"]) for gate in read_json(file)["gates"]]
     return write_table(("gate", "verdict", "reason"), rows)
+
+
+def update_gates(card: Path, run: Run) -> None:
+    """Put the gates' verdicts as they stand now into a card, behind its scores; one of them waits for the exports."""
+    parts = re.split(r"^(?=## )", card.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    parts = [part for part in parts if not part.startswith("## Gates\n")]
+    place = max(i for i, part in enumerate(parts) if i == 0 or part.startswith("## Scores"))
+    parts.insert(place + 1, "\n".join([*write_section("Gates", describe_gates(run))[1:], "", ""]))
+    write_text(card, "".join(parts))
 
 
 def describe_plan(run: Run | None) -> list[str]:

@@ -18,6 +18,8 @@ import pytest
 from nbval.plugin import IPyNbCell, IPyNbFile, coalesce_streams
 
 NOTEBOOKS = {"text": "01_text", "vision": "02_vision", "audio": "03_audio"}
+# what the quick recipes export, and where it stands in the run's folder
+EXPORTS = {"adapter": "models/lora", "merged": "models/merged", "gguf:q8_0": "models/quantized/model-Q8_0.gguf"}
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,13 @@ def vision_run(project_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="session")
 def audio_run(project_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return run_notebook("audio", project_folder, tmp_path_factory.mktemp("runs"))
+
+
+def find_output(finished: Finished, call: str, kind: str = "text/html") -> str:
+    """Return what the cell with a call showed."""
+    (cell,) = [cell for cell in finished.notebook.cells if cell.cell_type == "code" and call in cell.source]
+    (shown,) = [output.data[kind] for output in cell.outputs if kind in output.get("data", {})]
+    return shown
 
 
 def collect_cells(notebook: Path, session: pytest.Session) -> list[IPyNbCell]:
