@@ -104,12 +104,19 @@ def write_value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {write_value(item)}" for key, item in value.items()) or "none"
+        return ", ".join(write_item(key, item) for key, item in value.items()) or "none"
     if isinstance(value, list | tuple):
         return ", ".join(map(write_value, value)) or "none"
     if isinstance(value, str) and Path(value).expanduser().is_absolute():
         return Path(value).name
     return " ".join(str(value).split())
+
+
+def write_item(key: str, item: Any) -> str:
+    """Return one item of a mapping; a name alone when nothing stands behind it."""
+    if isinstance(item, Mapping):
+        return f"{key}: {{{write_value(item)}}}" if item else key
+    return f"{key}: {write_value(item)}"
 
 
 def describe_data(config: Config) -> str:

@@ -138,6 +138,7 @@ def test_plan_training_hardware_and_verification_are_there(make_config: Any, fol
         (True, "true"),
         (("adapter", "merged"), "adapter, merged"),
         ({"mlp": 4}, "mlp: 4"),
+        ({"a": {}, "b": {"margin": 0.2}}, "a, b: {margin: 0.2}"),
         ({}, "none"),
         ("/data/me/rows.jsonl", "rows.jsonl"),
         ("two\nlines", "two lines"),
