@@ -1,7 +1,8 @@
 """One execution of each notebook with its quick recipe serves every test that only looks at what came out.
 
-`make outputs` executes a notebook and stores its outputs anew; `pytest --nbval notebooks/01_text.ipynb` executes it and
-compares. Here the outputs of the one execution are compared by nbval's own functions.
+`make outputs` executes a notebook and stores its outputs anew; `FORGEKIT_RUNS=$(mktemp -d) pytest --nbval
+notebooks/01_text.ipynb` executes it and compares. The folder is a fresh one because a base that was scored in a run beside
+is not scored again, and says so. Here the outputs of the one execution are compared by nbval's own functions.
 """
 
 import copy

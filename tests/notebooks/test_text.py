@@ -1,7 +1,8 @@
 """The text notebook, executed once without a browser: its score, its run's folder, its last words, its stored outputs.
 
-`make outputs` executes the notebook and stores its outputs anew; `pytest --nbval notebooks/01_text.ipynb` executes it and
-compares. Here the outputs of the one execution are compared by nbval's own functions.
+`make outputs` executes the notebook and stores its outputs anew; `FORGEKIT_RUNS=$(mktemp -d) pytest --nbval
+notebooks/01_text.ipynb` executes it and compares. The folder is a fresh one because a base that was scored in a run beside
+is not scored again, and says so. Here the outputs of the one execution are compared by nbval's own functions.
 """
 
 import html
