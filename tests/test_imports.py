@@ -74,6 +74,7 @@ MAY_BE_HEAVY = (
             "recompute",
             "trial",
             "park",
+            "tower_cache",
         )
     ),
 )
