@@ -14,8 +14,10 @@ from ..config import PARAMETERS, load_config, read_settings
 from ..environment import set_environment
 from ..errors import ConfigError, RunError
 from ..evaluate.gates import STOPPED, check_gates
+from ..paths import check_inside
 from ..recipe import find_recipes
 from ..run_folder import DONE, Run, check_name, check_unused, find_run_root, now, read_json, write_text
+from ..tokens import refuse_tokens
 
 
 def run_notebook(notebook: Path, recipe: str | None, settings: Mapping[str, Any], name: str | None = None) -> Run:
@@ -41,7 +43,7 @@ def run_notebook(notebook: Path, recipe: str | None, settings: Mapping[str, Any]
     own = load_config(recipe, parameters["settings"], origin="notebook")
     config = own.change(settings, "--set")
     name = check_name(name or parameters["run_name"] or datetime.now().strftime("%Y%m%d-%H%M%S"))
-    path = find_run_root(config.recipe) / name
+    path = check_inside(find_run_root(config.recipe), name)
     check_unused(path)
     together = read_settings(parameters["settings"]) | settings  # papermill replaces the notebook's own
     given = {"recipe": config.recipes, "settings": together, "run_name": name}
@@ -120,6 +122,7 @@ def find_parameters(notebook: Path) -> dict[str, Any]:
             raise ConfigError(
                 f"{notebook}: the parameter {name} is {ast.unparse(value)}; only plain values can be read, such as text and numbers."
             ) from None
+    refuse_tokens(found, f"the parameters cell of {notebook.name}")
     missing = [name for name in PARAMETERS if name not in found]
     if missing:
         raise ConfigError(f"{notebook}: the parameters cell lacks {', '.join(missing)}.")
