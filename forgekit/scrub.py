@@ -42,26 +42,28 @@ def shape(hints: str, pattern: str) -> Shape:
     return Shape(tuple(hints.split()), re.compile(pattern))
 
 
+# what may stand before a token: no letter or digit but those that end JSON's \\n or \\u0027, a URL's %22 or a colour's code
+START = r"(?:(?<![A-Za-z0-9])|(?<=\\[nrtbf])|(?<=\\u00[0-9a-fA-F]{2})|(?<=%[0-9A-Fa-f]{2})|(?<=\dm))"
 # lengths are minima below those in use in 2026
 SHAPES = {
-    "Hugging Face": shape("hf_", r"\bhf_(?:[A-Za-z0-9]{20,}|(?:oauth|jwt)_[\w.-]{20,})"),
-    "Weights & Biases": shape("wandb_v", r"\bwandb_v\d+_\w{20,}"),
+    "Hugging Face": shape("hf_", START + r"hf_(?:[A-Za-z0-9]{20,}|(?:oauth|jwt)_[\w.-]{20,})"),
+    "Weights & Biases": shape("wandb_v", START + r"wandb_v\d+_\w{20,}"),
     # the older kind is 40 hexadecimal digits like a commit, so only its neighbourhood tells
     "Weights & Biases, older": shape(
         "wandb", r"(?P<kept>(?i:wandb)[^\n0-9a-f]{1,12}(?:[^\n]{0,30}[^\n\w])?)\b[0-9a-f]{40}\b"
     ),
-    "GitHub": shape("gh github_pat_", r"\b(?:gh[oprsu]_[A-Za-z0-9]{30,}|github_pat_\w{40,})"),
-    "GitLab": shape("glpat-", r"\bglpat-[\w-]{20,}"),
-    "AWS access key": shape("a3t akia asia abia acca", r"\b(?:A3T[A-Z0-9]|AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}\b"),
-    "JWT": shape("eyj", r"\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*"),
-    "OpenAI, Anthropic": shape("sk-", r"\bsk-[\w-]{20,}"),
-    "Google": shape("aiza gocspx- ya29.", r"\b(?:AIza[\w-]{35}|GOCSPX-[\w-]{20,}|ya29\.[\w-]{20,})"),
-    "Slack": shape("xox", r"\bxox[abeoprs]-[\w-]{10,}"),
-    "PyPI, npm": shape("pypi-age npm_", r"\b(?:pypi-AgE[\w-]{50,}|npm_[A-Za-z0-9]{36})"),
-    # over several lines, also as a notebook's JSON splits them; no bracket, so that the JSON stays whole
+    "GitHub": shape("gh github_pat_", START + r"(?:gh[oprsu]_[A-Za-z0-9]{30,}|github_pat_\w{40,})"),
+    "GitLab": shape("glpat-", START + r"glpat-[\w-]{20,}"),
+    "AWS access key": shape("a3t akia asia abia acca", START + r"(?:A3T[A-Z0-9]|AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}\b"),
+    "JWT": shape("eyj", START + r"eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*"),
+    "OpenAI, Anthropic": shape("sk-", START + r"sk-[\w-]{20,}"),
+    "Google": shape("aiza gocspx- ya29.", START + r"(?:AIza[\w-]{35}|GOCSPX-[\w-]{20,}|ya29\.[\w-]{20,})"),
+    "Slack": shape("xox", START + r"xox[abeoprs]-[\w-]{10,}"),
+    "PyPI, npm": shape("pypi-age npm_", START + r"(?:pypi-AgE[\w-]{50,}|npm_[A-Za-z0-9]{36})"),
+    # over several lines, also as a notebook's JSON splits them or a URL writes them; no bracket, so that the JSON stays whole
     "private key": shape(
         "-----begin",
-        r"-----BEGIN [A-Z ]{0,20}PRIVATE KEY-----[A-Za-z0-9+/=\s\",\\:.-]{1,10000}?-----END [A-Z ]{0,20}PRIVATE KEY-----",
+        r"-----BEGIN[A-Z0-9 +%]{1,40}KEY-----[A-Za-z0-9+/=\s\",\\:.%-]{1,10000}?-----END[A-Z0-9 +%]{1,40}KEY-----",
     ),
     "header": shape(
         "authorization",

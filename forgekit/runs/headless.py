@@ -17,6 +17,7 @@ from ..evaluate.gates import STOPPED, check_gates
 from ..paths import check_inside
 from ..recipe import find_recipes
 from ..run_folder import DONE, Run, check_name, check_unused, find_run_root, now, read_json, write_text
+from ..scrub import CleanFile, remove_tokens
 from ..tokens import refuse_tokens
 
 
@@ -173,8 +174,8 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> tuple[s
             language="python",  # a notebook that was never opened does not say
             progress_bar=False,
             log_output=False,
-            stdout_file=sys.stdout,
-            stderr_file=sys.stderr,
+            stdout_file=CleanFile(sys.stdout, remove_tokens),  # a cluster keeps what a job prints
+            stderr_file=CleanFile(sys.stderr, remove_tokens),
             cwd=str(notebook.parent.absolute()),
             config=encrypt_connection(),
             kernel_manager_class=patient_manager(),
