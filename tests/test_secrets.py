@@ -159,6 +159,7 @@ def test_no_byte_of_a_run_holds_a_secret(planted: dict[str, str], capfd: pytest.
     assert "by widget" in (folder / "notebook.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_without_the_scrubber_every_secret_is_found(
     planted: dict[str, str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
