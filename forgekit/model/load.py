@@ -237,10 +237,15 @@ def load_transformers(config: Config, name: str, dtype: Any) -> "PreTrainedModel
     settings = transformers.AutoConfig.from_pretrained(name, revision=config.model.revision, **NO_CODE)
     architecture = (settings.architectures or ["AutoModelForCausalLM"])[0]
     kind = getattr(transformers, architecture, None)
-    automatic = architecture.startswith("AutoModel")
-    if kind is None or not (automatic or (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel))):
+    if kind is None:
         raise ModelError(
-            f"transformers {transformers.__version__} has no model {architecture}, which {config.model.id} asks for. Update transformers."
+            f"transformers {transformers.__version__} has no {architecture}, which {config.model.id} asks for. Update transformers."
+        )
+    if not architecture.startswith("AutoModel") and not (
+        isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+    ):
+        raise ModelError(
+            f"model.id: {config.model.id} names {architecture} as its architecture, which is no model. Fetch the checkpoint again."
         )
     quantisation = {
         "4bit": {
