@@ -15,6 +15,7 @@ from .conflicts import find_conflicts, suggest
 from .errors import ConfigError
 from .recipe import find_recipes, parse_yaml, read_recipe
 from .settings import Adapter, Data, Evaluate, Export, Model, Section, Train
+from .tokens import describe_planted
 
 if TYPE_CHECKING:
     import pandas
@@ -77,7 +78,11 @@ class Config(Section):
         origins: dict[str, str] = {}
         problems: list[str] = []
         for origin, layer in layers:
+            planted = describe_planted(layer, origin)
+            problems += planted.values()
             for name, value in layer.items():
+                if name in planted:
+                    continue
                 if name in SECTIONS:
                     problems.append(
                         f"{name} is {value!r} (from {origin}): it is a section and holds settings, for instance {first_name(name)}."

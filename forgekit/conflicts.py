@@ -6,14 +6,31 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .layer_groups import CHOICES
+from .paths import explain_name
 
 if TYPE_CHECKING:
     from .config import Config
 
 
+# settings that may name a file or a folder; some of them a Hub id, a share or a number too
+FILES = ("data.path", "data.train", "data.validation", "data.test", "model.id", "adapter.path")
+
+
+def find_impossible_names(config: "Config") -> list[str]:
+    """Return a sentence for every setting that names a file and no file can have that name."""
+    problems = []
+    for name in FILES:
+        section, _, field = name.partition(".")
+        value = getattr(getattr(config, section), field)
+        problem = explain_name(value) if isinstance(value, str) else None
+        if problem:
+            problems.append(f"{name} {problem}. Give the name of a file, a folder or a repository of the Hub.")
+    return problems
+
+
 def find_conflicts(config: "Config") -> list[str]:
     """Return a sentence for every setting that does not go with another one."""
-    problems = find_adapter_conflicts(config) + find_evaluate_conflicts(config)
+    problems = find_adapter_conflicts(config) + find_evaluate_conflicts(config) + find_impossible_names(config)
     if config.train.early_stopping and not config.train.eval_steps:
         problems.append("train.early_stopping needs scores during training: set train.eval_steps too.")
     if config.train.eval_steps and config.data.validation is None:

@@ -12,6 +12,8 @@ Every message says what happened, with the values, and then what to do.
 
 from collections.abc import Sequence
 
+from .scrub import remove_tokens
+
 
 class ForgekitError(Exception):
     """Base of everything forgekit raises on purpose."""
@@ -21,7 +23,8 @@ class ConfigError(ForgekitError):
     """A recipe, a setting or a parameter is wrong; `problems` holds one sentence each."""
 
     def __init__(self, problems: str | Sequence[str]):
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        # a message repeats what was given, which may be a token in the wrong place
+        self.problems = [remove_tokens(text) for text in ([problems] if isinstance(problems, str) else problems)]
         head = "" if len(self.problems) == 1 else f"{len(self.problems)} problems in the settings:\n"
         super().__init__(head + "\n".join(self.problems))
 

@@ -7,8 +7,9 @@ from typing import Any
 import yaml
 
 from .errors import ConfigError
+from .paths import explain_name
 
-RECIPE_LIMIT = 1_000_000  # bytes; a larger file is data, not a recipe
+RECIPE_LIMIT = 1_000_000  # bytes, and letters of settings given as text; what is larger is data, not a recipe
 
 
 def find_recipe(recipe: str | Path, folder: Path | None = None) -> Path:
@@ -17,6 +18,9 @@ def find_recipe(recipe: str | Path, folder: Path | None = None) -> Path:
     Raises ConfigError naming the places that were searched.
     """
     here = (folder or Path.cwd()).absolute()
+    problem = explain_name(str(recipe))
+    if problem:
+        raise ConfigError(f"recipe: the name that was given {problem}.")
     recipe = Path(recipe).expanduser()
     places = [folder / recipe for folder in (here, *list(here.parents)[:2])]
     for place in places:
@@ -91,6 +95,8 @@ RecipeLoader.add_implicit_resolver(
 
 def parse_yaml(text: str, source: str) -> Any:
     """Parse recipe YAML. Raises ConfigError with the source and the line."""
+    if len(text) > RECIPE_LIMIT:
+        raise ConfigError(f"{source}: {len(text):,} letters; a recipe or settings have at most {RECIPE_LIMIT:,}.")
     try:
         return yaml.load(text, RecipeLoader)
     except yaml.MarkedYAMLError as error:

@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from .errors import RunError
+from .paths import check_inside
+from .scrub import HANDED_ON, Clean, CleanFile, choose_cleaning, looks_like_token, scrub
 
 if TYPE_CHECKING:
     from .config import Config
@@ -46,13 +48,16 @@ DONE = "completed"
 
 
 @contextlib.contextmanager
-def open_whole(path: Path) -> Iterator[IO[str]]:
-    """Open a text file that appears whole or not at all: a temporary name beside it, flushed to disk, then renamed."""
+def open_whole(path: Path, clean: Clean | None = None) -> Iterator[CleanFile]:
+    """Open a text file that appears whole or not at all: a temporary name beside it, flushed to disk, then renamed.
+
+    Tokens are removed from what is written, and home folders from what is handed on (scrub.py), unless `clean` does else.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            yield file
+            yield CleanFile(file, clean or choose_cleaning(path))
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~current_umask())  # mkstemp makes files that only the owner reads
@@ -62,9 +67,9 @@ def open_whole(path: Path) -> Iterator[IO[str]]:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    with open_whole(path) as file:
+def write_text(path: Path, text: str, clean: Clean | None = None) -> None:
+    """Write a file whole or not at all; `clean` as in `open_whole`."""
+    with open_whole(path, clean) as file:
         file.write(text)
 
 
@@ -83,9 +88,20 @@ def share_files(folder: Path) -> None:
             file.chmod(mode)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON, atomically; NaN and infinity, which JSON does not know, become null."""
-    write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, default=str) + "\n")
+def write_json(path: Path, value: Any, clean: Clean | None = None) -> None:
+    """Write `value` as JSON, atomically; NaN and infinity, which JSON does not know, become null. `clean` as in `open_whole`."""
+    write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, default=str) + "\n", clean)
+
+
+def scrub_files(folder: Path) -> None:
+    """Take tokens and home folders out of a run's notebook, pages and logs, whoever wrote them."""
+    found = [*folder.iterdir(), *(folder / "logs").rglob("*")] if folder.is_dir() else []
+    for file in found:
+        if file.suffix in (*HANDED_ON, ".jsonl") and file.is_file() and not file.is_symlink():
+            text = file.read_bytes().decode("utf-8", "replace")
+            clean = scrub(text)
+            if clean != text:
+                write_text(file, clean)
 
 
 def finite(value: Any) -> Any:
@@ -126,6 +142,7 @@ class Run:
     def finish(self, state: str = DONE, error: str | None = None) -> None:
         """Record the end of the run and release its lock."""
         self.update(state=state, error=error, finished_at=now())
+        scrub_files(self.path)
         if self._lock:
             self._lock.close()
             self._lock = None
@@ -163,6 +180,10 @@ def check_name(name: str | int) -> str:
         raise RunError(
             f"run name {name!r}: use up to 100 letters, digits, '.', '_' and '-', the first a letter or digit."
         )
+    if looks_like_token(name):
+        raise RunError(
+            "the run name looks like a token, and it would stand in many files. Choose another, and revoke it."
+        )
     return name
 
 
@@ -177,7 +198,7 @@ def start_run(config: "Config", name: str | int | None = None, inside: Run | Non
         RunError: a run of that name exists, is in use, or its folder cannot be written.
     """
     name = check_name(name or os.environ.get("FORGEKIT_RUN") or datetime.now().strftime("%Y%m%d-%H%M%S"))
-    path = (inside.path if inside else find_run_root(config.recipe)) / name
+    path = check_inside(inside.path if inside else find_run_root(config.recipe), name)
     if os.environ.get("FORGEKIT_RUN") != name:
         check_unused(path)
     record = {"name": name, "state": "running", "pid": os.getpid(), "started_at": now()}

@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from .gate_settings import check_gates, check_metrics, check_regression
 from .layer_groups import LAYERS_HELP, check_layers, describe_groups
+from .paths import check_status_file
 from .slice_presets import SLICE_HELP, check_slice
 
 Switch = Annotated[  # YAML 1.1 and Python say true and false where a recipe says on and off
@@ -224,7 +225,9 @@ class Train(Section):
     report_to: Names = setting(
         (), "trackers that transformers knows, for instance tensorboard; metrics.jsonl is always written"
     )
-    status_file: str | None = setting(None, "a second place for status.json, for other programs that poll")
+    status_file: Annotated[str | None, BeforeValidator(check_status_file)] = setting(
+        None, "a second place for status.json, for other programs that poll"
+    )
 
 
 class Evaluate(Section):
@@ -269,5 +272,5 @@ class Export(Section):
     push: str | None = setting(
         None,
         "repository of the Hub that verified exports are uploaded to, private when it is new, for instance me/orders; the token comes "
-        "from the environment variable HF_TOKEN alone. Empty: nothing leaves this machine",
+        "from the environment variable HF_TOKEN, Colab's or Kaggle's secrets or the Hub's login. Empty: nothing leaves this machine",
     )

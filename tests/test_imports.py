@@ -12,7 +12,7 @@ import pytest
 
 # A module imports from its own tier and from those above it in this list, never from one below.
 TIERS = (
-    ("errors",),
+    ("errors", "scrub"),
     (
         "layer_groups",
         "gate_settings",
@@ -22,6 +22,8 @@ TIERS = (
         "slice_presets",
         "recipe",
         "run_folder",
+        "paths",
+        "tokens",
         "table",
         "config",
         "hardware",

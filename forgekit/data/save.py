@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..run_folder import open_whole
+from ..scrub import remove_known
 from .check import MediaOptions
 from .formats import ToExample
 from .messages import Messages, check_example, find_media
@@ -30,7 +31,7 @@ def save_splits(
     """Write each split's rows as JSON lines."""
     for name, (key, numbers) in parts.items():
         good = kept[key]
-        with open_whole(folder / f"{name}.jsonl") as file:
+        with open_whole(folder / f"{name}.jsonl", remove_known) as file:
             for start in range(0, len(numbers), BATCH):
                 chosen = numbers[start : start + BATCH].tolist()
                 rows = good.decode(good.table[chosen])

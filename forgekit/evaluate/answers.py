@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import Config
 from ..data.messages import Messages, get_answer, get_text
 from ..errors import DataError
+from ..scrub import remove_known
 from .fingerprint import digest, fingerprint_media, fingerprint_row
 from .generate import generate_answers
 from .loss import RowLosses, measure_rows, weigh_choices
@@ -172,4 +173,5 @@ def append_lines(path: Path, records: list[Record]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     torn = path.is_file() and path.stat().st_size and path.read_bytes()[-1:] != b"\n"
     with open(path, "a", encoding="utf-8") as file:
-        file.write("\n" * bool(torn) + "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        file.write("\n" * bool(torn) + remove_known(lines))

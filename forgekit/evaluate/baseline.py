@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import Config
 from ..errors import ConfigError, DataError, RunError
 from ..run_folder import Run, read_json, shorten_path, write_json
+from ..scrub import remove_known
 from .answers import ask_rows
 from .comparison import Comparison, compare_scores
 from .fingerprint import fingerprint_model
@@ -49,7 +50,7 @@ def score_baseline(
     scores = read_scores(found)
     if found != path:
         print(f"The base was scored on these rows before: {shorten_path(found)}")
-        write_json(path, asdict(scores) | {"found_in": str(found.relative_to(run.path.parent))})
+        write_json(path, asdict(scores) | {"found_in": str(found.relative_to(run.path.parent))}, remove_known)
     return scores
 
 

@@ -11,6 +11,7 @@ from ..config import Config
 from ..data.show import show_turn
 from ..errors import RunError
 from ..run_folder import read_json, write_json
+from ..scrub import remove_known
 from .answers import Record, answer_rows, find_partial
 from .fingerprint import digest, fingerprint_model
 from .intervals import bound_score
@@ -55,7 +56,7 @@ class Scores:
 
     def save(self, path: Path) -> None:
         """Write everything as JSON."""
-        write_json(path, asdict(self))
+        write_json(path, asdict(self), remove_known)  # answers are compared with what they were
 
     def table(self) -> "pandas.DataFrame":
         """Return each metric with its score and interval."""

@@ -11,6 +11,7 @@ from ..errors import ExportError
 from ..model.bases import is_base_of
 from ..model.load import load_model
 from ..model.slice import name_base, split_base
+from ..model.trust import NO_CODE, check_weights
 from ..run_folder import shorten_path
 from .merged import check_space
 
@@ -102,10 +103,11 @@ def load_export(folder: Path | str, config: Config | None = None) -> tuple[Any, 
         settings["model.load_in"] = "16bit"
     model, processor = load_model((config or load_config()).change(settings, "export"))
     if adapter.is_file():
+        check_weights(folder, f"the adapter {shorten_path(folder)}")
         from peft import PeftModel
         from transformers import AutoProcessor
 
         model = PeftModel.from_pretrained(model, str(folder))
         compare_adapter(model, folder)
-        processor = AutoProcessor.from_pretrained(folder)  # the template and tokens that it was trained with
+        processor = AutoProcessor.from_pretrained(folder, **NO_CODE)  # the template and tokens that it was trained with
     return model, processor

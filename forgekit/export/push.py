@@ -1,4 +1,4 @@
-"""Upload to the Hub: only when `export.push` names a repository, only what was verified, with a token of the environment."""
+"""Upload to the Hub: only when `export.push` names a repository, only what was verified, with a token that is no setting."""
 
 import os
 from pathlib import Path
@@ -6,18 +6,18 @@ from typing import Any
 
 from ..config import Config
 from ..errors import ExportError
-
-TOKEN = "HF_TOKEN"
+from ..scrub import remove_tokens
+from ..tokens import HUB, find_token
 
 
 def check_push(config: Config) -> None:
     """Raise ExportError when an upload is wanted and could not be made, before anything is written."""
     if not config.export.push:
         return
-    if not os.environ.get(TOKEN):
+    if find_token() is None:
         raise ExportError(
-            f"export.push: {config.export.push} asks for an upload, and the environment variable {TOKEN} is not set. Set it to a token that "
-            "may write there; it is read from there alone and kept nowhere."
+            f"export.push: {config.export.push} asks for an upload, and there is no token: the environment variable {HUB} is not set, Colab and "
+            "Kaggle hold no such secret, and nobody is logged in (hf auth login). Set one that may write there; it is kept nowhere."
         )
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         raise ExportError(
@@ -36,7 +36,7 @@ def push_exports(exports: dict[str, Path], config: Config, api: Any = None) -> d
     """Upload each verified export to a repository of its own, private when it is new; return format -> address.
 
     Args:
-        api: a huggingface_hub.HfApi; None makes one with the environment's token.
+        api: a huggingface_hub.HfApi; None makes one with the token that `find_token` finds.
 
     Raises ExportError with what the Hub said; what was written here stays.
     """
@@ -44,8 +44,8 @@ def push_exports(exports: dict[str, Path], config: Config, api: Any = None) -> d
     from huggingface_hub.errors import HfHubHTTPError
 
     check_push(config)
-    token = os.environ[TOKEN]
-    api = api or HfApi(token=token)
+    token = find_token()
+    api = api or HfApi(token=token and token.value)
     pushed = {}
     for name, repository in name_repositories(exports, config.export.push or "").items():
         path = exports[name]
@@ -59,7 +59,7 @@ def push_exports(exports: dict[str, Path], config: Config, api: Any = None) -> d
             )
             upload(repo_id=repository, commit_message=f"{name} written and verified by forgekit", **where)
         except (HfHubHTTPError, OSError, ValueError) as error:
-            said = str(error).splitlines()[0].replace(token, "(token)") if str(error) else type(error).__name__
+            said = remove_tokens(str(error).splitlines()[0]) if str(error) else type(error).__name__
             raise ExportError(
                 f"export.push: {name} could not be uploaded to {repository}: {said.rstrip('.')}. What was written here stays; call export_model "
                 "again with export.replace: true, or upload the folder with `hf upload`."

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import Config
 from ..data.collate import get_tokenizer, tokenize_rows
 from ..model.slice import name_base
+from ..model.trust import NO_CODE
 from .compare import Reference, learning_kept, measure_distance, read_logits
 from .verdict import Check, Verdict, at_least, at_most
 
@@ -83,7 +84,7 @@ def compare_processor(reference: Reference, folder: Path) -> list[Check]:
 
     processor, chats = reference.processor, reference.chats
     try:
-        again = AutoProcessor.from_pretrained(folder)
+        again = AutoProcessor.from_pretrained(folder, **NO_CODE)
         size = abs(len(get_tokenizer(again)) - len(get_tokenizer(processor)))
         pairs = zip(tokenize_rows(chats, processor), tokenize_rows(chats, again), strict=True)
         wrong = sum(a != b for a, b in pairs)

@@ -14,7 +14,9 @@ from ..data.collate import get_tokenizer
 from ..environment import set_environment
 from ..errors import ModelError
 from ..hardware import choose_device, choose_dtype, choose_engine, detect_hardware
+from ..tokens import offer_token
 from .timm_args import restore_model_args
+from .trust import NO_CODE, SAFE_ONLY, check_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,6 +39,7 @@ def start_engine(config: Config) -> str:
             transformers is wanted plain and Unsloth has already rewritten it.
     """
     set_environment()
+    offer_token()
     quiet_libraries()
     engine = choose_engine(config)
     if engine == "unsloth" and "unsloth" not in sys.modules:
@@ -113,7 +116,10 @@ def explain_load_error(config: Config, error: Exception) -> ModelError:
     """Turn what the Hub client or transformers says into one sentence with a remedy."""
     offline = os.environ.get("HF_HUB_OFFLINE") == "1" or os.environ.get("TRANSFORMERS_OFFLINE") == "1"
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if config.model.id in BUILT_IN or Path(config.model.id).expanduser().exists():
+    if "custom code" in str(error) or "trust_remote_code" in str(error):
+        first = "it asks to run code of its own (auto_map), because transformers knows no such model or processor"
+        remedy = "forgekit never runs code that comes with weights. Take a checkpoint without it."
+    elif config.model.id in BUILT_IN or Path(config.model.id).expanduser().exists():
         remedy = "Its files do not make a whole checkpoint: fetch or save it again."
     elif offline:
         remedy = "This process is offline (HF_HUB_OFFLINE=1) and the model is not in the cache: unset it, or name a folder or `tiny`."
@@ -136,8 +142,8 @@ def load_processor(config: Config) -> Any:
 
     name = find_model(config)
     try:
-        processor = AutoProcessor.from_pretrained(name, revision=config.model.revision)
-        settings = AutoConfig.from_pretrained(name, revision=config.model.revision)
+        processor = AutoProcessor.from_pretrained(name, revision=config.model.revision, **NO_CODE)
+        settings = AutoConfig.from_pretrained(name, revision=config.model.revision, **NO_CODE)
     except (
         OSError,
         ValueError,
@@ -180,6 +186,8 @@ def load_model(config: Config) -> tuple["PreTrainedModel", Any]:
     from safetensors import SafetensorError
 
     dtype, name = choose_dtype(config), find_weights(config)
+    if Path(name).is_dir():
+        check_weights(Path(name), f"model.id: {config.model.id}")
     print(
         f"Loading {config.model.id}{' (its slice)' if config.model.slice else ''}: {engine}, {config.model.load_in}, {str(dtype).removeprefix('torch.')}, {detect_hardware()}"
     )
@@ -217,6 +225,7 @@ def load_unsloth(config: Config, name: str, dtype: Any) -> "PreTrainedModel":
         use_gradient_checkpointing=choose_unsloth_checkpointing(config),
         random_state=config.train.seed,
         revision=config.model.revision,
+        **SAFE_ONLY,
     )
     return model
 
@@ -225,12 +234,18 @@ def load_transformers(config: Config, name: str, dtype: Any) -> "PreTrainedModel
     """Load the checkpoint's own class through transformers; 4-bit is NF4, double quantised, through bitsandbytes."""
     import transformers
 
-    settings = transformers.AutoConfig.from_pretrained(name, revision=config.model.revision)
+    settings = transformers.AutoConfig.from_pretrained(name, revision=config.model.revision, **NO_CODE)
     architecture = (settings.architectures or ["AutoModelForCausalLM"])[0]
     kind = getattr(transformers, architecture, None)
     if kind is None:
         raise ModelError(
             f"transformers {transformers.__version__} has no {architecture}, which {config.model.id} asks for. Update transformers."
+        )
+    if not architecture.startswith("AutoModel") and not (
+        isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+    ):
+        raise ModelError(
+            f"model.id: {config.model.id} names {architecture} as its architecture, which is no model. Fetch the checkpoint again."
         )
     quantisation = {
         "4bit": {
@@ -258,6 +273,7 @@ def load_transformers(config: Config, name: str, dtype: Any) -> "PreTrainedModel
         device_map=places,
         ignore_mismatched_sizes=True,  # reported below, with the missing ones
         output_loading_info=True,
+        **SAFE_ONLY,
     )
     check_complete(config, report)
     if lent:

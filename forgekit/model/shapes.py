@@ -13,6 +13,7 @@ from ..errors import ModelError
 from ..hardware import choose_engine
 from .load import find_model, quiet_libraries, start_engine
 from .slice_plan import apply_slice
+from .trust import NO_CODE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -176,7 +177,9 @@ def read_whole_config(config: Config) -> tuple["PreTrainedConfig", str]:
     name = find_model(config)
     size = next((size for size in RELEASED if f"gemma-3n-{size}".lower() in name.lower()), None)
     try:
-        settings = AutoConfig.from_pretrained(name, revision=config.model.revision, local_files_only=size is not None)
+        settings = AutoConfig.from_pretrained(
+            name, revision=config.model.revision, local_files_only=size is not None, **NO_CODE
+        )
     except (OSError, ValueError) as error:
         if size is not None:
             text = f"the released sizes of Gemma 3n {size} (its config.json is not on this machine)"

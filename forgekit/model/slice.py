@@ -21,6 +21,7 @@ from .load import explain_load_error, find_model
 from .shapes import prepare_libraries
 from .slice_plan import SlicePlan, plan_slice
 from .slice_weights import INDEX, find_shards, list_pieces, write_shards
+from .trust import NO_CODE, check_weights, find_commit
 
 RECORD = "slice.json"  # beside config.json: what the slice was cut from
 BESIDE = (".json", ".jinja", ".model", ".txt")  # tokenizer, processor, template, generation settings
@@ -79,7 +80,7 @@ def read_plan(path: Path, config: Config) -> SlicePlan:
     check_family(raw, source)
     from transformers import AutoConfig
 
-    return plan_slice(AutoConfig.from_pretrained(path).get_text_config(), config.model.slice, source)
+    return plan_slice(AutoConfig.from_pretrained(path, **NO_CODE).get_text_config(), config.model.slice, source)
 
 
 def check_family(settings: dict[str, Any], source: str) -> None:
@@ -98,6 +99,7 @@ def write_slice(path: Path, folder: Path, plan: SlicePlan, config: Config) -> No
     """Write a slice into a temporary folder beside `folder`, and give it that name when it is whole."""
     from safetensors import SafetensorError
 
+    check_weights(path, plan.source)
     pieces = list_pieces(find_shards(path), plan)
     check_space(sum(piece.size for piece in pieces), folder)
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
@@ -106,7 +108,7 @@ def write_slice(path: Path, folder: Path, plan: SlicePlan, config: Config) -> No
         write_shards(pieces, temporary)
         copy_beside(path, temporary)
         write_json(temporary / "config.json", change_config(path / "config.json", plan))
-        write_json(temporary / RECORD, describe_slice(plan, config))
+        write_json(temporary / RECORD, describe_slice(plan, config) | {"commit": find_commit(path)})
         share_files(temporary)
         os.rename(temporary, folder)
     except (OSError, SafetensorError) as error:

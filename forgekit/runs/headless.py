@@ -14,8 +14,11 @@ from ..config import PARAMETERS, load_config, read_settings
 from ..environment import set_environment
 from ..errors import ConfigError, RunError
 from ..evaluate.gates import STOPPED, check_gates
+from ..paths import check_inside
 from ..recipe import find_recipes
 from ..run_folder import DONE, Run, check_name, check_unused, find_run_root, now, read_json, write_text
+from ..scrub import CleanFile, remove_tokens
+from ..tokens import refuse_tokens
 
 
 def run_notebook(notebook: Path, recipe: str | None, settings: Mapping[str, Any], name: str | None = None) -> Run:
@@ -41,7 +44,7 @@ def run_notebook(notebook: Path, recipe: str | None, settings: Mapping[str, Any]
     own = load_config(recipe, parameters["settings"], origin="notebook")
     config = own.change(settings, "--set")
     name = check_name(name or parameters["run_name"] or datetime.now().strftime("%Y%m%d-%H%M%S"))
-    path = find_run_root(config.recipe) / name
+    path = check_inside(find_run_root(config.recipe), name)
     check_unused(path)
     together = read_settings(parameters["settings"]) | settings  # papermill replaces the notebook's own
     given = {"recipe": config.recipes, "settings": together, "run_name": name}
@@ -120,6 +123,7 @@ def find_parameters(notebook: Path) -> dict[str, Any]:
             raise ConfigError(
                 f"{notebook}: the parameter {name} is {ast.unparse(value)}; only plain values can be read, such as text and numbers."
             ) from None
+    refuse_tokens(found, f"the parameters cell of {notebook.name}")
     missing = [name for name in PARAMETERS if name not in found]
     if missing:
         raise ConfigError(f"{notebook}: the parameters cell lacks {', '.join(missing)}.")
@@ -170,8 +174,8 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> tuple[s
             language="python",  # a notebook that was never opened does not say
             progress_bar=False,
             log_output=False,
-            stdout_file=sys.stdout,
-            stderr_file=sys.stderr,
+            stdout_file=CleanFile(sys.stdout, remove_tokens),  # a cluster keeps what a job prints
+            stderr_file=CleanFile(sys.stderr, remove_tokens),
             cwd=str(notebook.parent.absolute()),
             config=encrypt_connection(),
             kernel_manager_class=patient_manager(),

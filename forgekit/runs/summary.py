@@ -10,12 +10,13 @@ from ..errors import DataError, RunError
 from ..evaluate.comparison import compare_scores
 from ..evaluate.scores import read_scores
 from ..run_folder import Run, read_json
+from ..scrub import remove_tokens
 
 
 def print_summary(run: Run, answers: int = 5) -> None:
     """Print the end of a run from its files."""
     state, error = run.record["state"], run.record.get("error")
-    print(f"\nRun {run.record['name']}: {state}" + (f": {error}" if error else ""))
+    print(remove_tokens(f"\nRun {run.record['name']}: {state}" + (f": {error}" if error else "")))
     baseline, scores = run.path / "metrics" / "baseline.json", run.path / "metrics" / "scores.json"
     if baseline.exists() and scores.exists():
         print_scores(read_json(baseline), read_json(scores), answers)

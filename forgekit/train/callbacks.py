@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerState
 
 from ..errors import ModelError
 from ..run_folder import Run, finite, now, write_json
+from ..scrub import scrub
 
 FIGURE_SECONDS = 0.25  # at most four drawings a second
 STATUS_SECONDS = 1.0
@@ -66,7 +67,9 @@ class RunLog(TrainerCallback):
         """Write one line for a step, or for a score on held-out rows. Raises ModelError when the loss is not finite."""
         logs = dict(logs or {})
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(finite({"step": state.global_step, "time": now(), **logs}), default=str) + "\n")
+            file.write(
+                scrub(json.dumps(finite({"step": state.global_step, "time": now(), **logs}), default=str) + "\n")
+            )
         if "eval_loss" in logs:
             self.scores.append((state.global_step, logs["eval_loss"]))
             self.write(f"step {state.global_step:>5}/{state.max_steps}  held-out loss {logs['eval_loss']:.4f}")
@@ -113,7 +116,7 @@ class RunLog(TrainerCallback):
         """Print a line and put it into logs/training.log, there with the time."""
         print(line, flush=True)
         with open(self.folder / "training.log", "a", encoding="utf-8") as file:
-            file.write(f"{stamp}{line}\n")
+            file.write(scrub(f"{stamp}{line}\n"))
 
 
 def peak_gpu_memory() -> int | None:

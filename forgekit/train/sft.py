@@ -11,6 +11,7 @@ from ..errors import ConfigError
 from ..hardware import choose_device
 from ..model.load import start_engine
 from ..model.slice import record_slice
+from ..model.trust import describe_source
 from ..run_folder import Run, describe_settings, write_text
 from .learning_rates import scale_learning_rates
 from .speed import train_fast, wants_fast_path, weigh_tokens_alike
@@ -46,7 +47,7 @@ def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config,
     check_towers(plan, data["train"])
     write_text(run.path / "plan.json", plan.to_json() + "\n")
     # a panel may have changed them since the run was started
-    run.update(settings=describe_settings(config), **record_slice(config))
+    run.update(settings=describe_settings(config), model=describe_source(model, config), **record_slice(config))
     from transformers import EarlyStoppingCallback
 
     from .callbacks import LiveCurve, RunLog, StatusFile  # they subclass transformers' own, so the engine comes first

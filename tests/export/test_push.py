@@ -1,4 +1,4 @@
-"""Uploads: only with the flag, only what was verified, the token from the environment and nowhere else."""
+"""Uploads: only with the flag, only what was verified, the token of no setting and kept nowhere."""
 
 import logging
 from pathlib import Path
@@ -11,7 +11,7 @@ from forgekit.errors import ExportError
 from forgekit.export import model as module
 from forgekit.export.push import name_repositories, push_exports
 
-TOKEN = "hf_secret_of_this_test"
+TOKEN = "hf_secret_of_this_test"  # shorter than a real one: removed because it is the variable's value
 
 
 class Hub:
@@ -123,5 +123,5 @@ def test_what_the_hub_says_is_told_without_the_token(make_config: Any, folder: P
     with pytest.raises(ExportError) as caught:
         push_exports({"adapter": folder}, make_config({"export.push": "me/orders"}), hub)
     message = str(caught.value)
-    assert "adapter could not be uploaded to me/orders: 403 for (token)." in message and TOKEN not in message
+    assert "adapter could not be uploaded to me/orders: 403 for (token removed)." in message and TOKEN not in message
     assert caught.value.__cause__ is None and "What was written here stays" in message

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from forgekit import add_adapter, load_data, load_model, sft_trainer, start_run
+from forgekit import add_adapter, load_config, load_data, load_model, sft_trainer, start_run
 from forgekit.errors import ModelError
 from forgekit.run_folder import Run, read_json
 
@@ -89,6 +89,11 @@ def test_metrics_hold_every_figure_as_json_lines(trained: Any) -> None:
         assert expected and [(row["step"], row[key]) for row in rows if key in row] == expected
 
 
+def test_run_json_says_where_the_base_came_from(trained: Any, tiny_folder: Path) -> None:
+    source = read_json(trained[0].path / "run.json")["model"]
+    assert source == {"id": str(tiny_folder), "revision": None, "loaded": str(tiny_folder), "commit": None}
+
+
 def test_stats_are_those_of_the_run(trained: Any) -> None:
     run, trainer, _, _ = trained
     stats = read_json(run.path / "metrics" / "training-stats.json")
@@ -98,6 +103,25 @@ def test_stats_are_those_of_the_run(trained: Any) -> None:
     assert (stats["steps"], stats["first_loss"], stats["last_loss"]) == (4, losses[0][1], losses[-1][1])
     assert stats["best_held_out_loss"] == min(score for _, score in scores)
     assert read_json(run.path / "run.json")["training"]["steps"] == 4
+
+
+def test_the_log_keeps_no_token_and_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import TrainerState
+
+    from forgekit.train.callbacks import RunLog
+
+    monkeypatch.setenv("FORGEKIT_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("SOME_SERVICE_TOKEN", "what only this variable says 1")
+    monkeypatch.setenv("HOME", "/home/jane")
+    token = "hf_" + "a1B2" * 9
+    run = start_run(load_config(), "logged")
+    log = RunLog(run)
+    log.folder.mkdir()
+    log.write(f"{token} what only this variable says 1 /home/jane/x")
+    log.on_log(None, TrainerState(), None, {"note": token})
+    lines = [(run.path / "logs" / name).read_text(encoding="utf-8") for name in ("training.log", "metrics.jsonl")]
+    assert lines[0] == "(token removed) (token removed) ~/x\n"
+    assert json.loads(lines[1])["note"] == "(token removed)"
 
 
 def test_logging_steps_thins_the_log(make_config: Any) -> None:
