@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .errors import ConfigError, ForgekitError
+from .errors import ConfigError, ForgekitError, RunNameError
 
 FAILED, USAGE, GATES_FAILED, INTERRUPTED = 1, 2, 3, 130
+UNITS = {"s": 1, "m": 60, "h": 3600}  # seconds
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -31,7 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser(
         "run",
         help="execute a notebook without a browser",
-        description="Execute a notebook with a recipe; settings are checked before anything is loaded. Exit code: 0 completed, 1 failed, 2 wrong usage or settings, 3 a gate failed and evaluate.gates_action is stop, 130 interrupted.",
+        description="Execute a notebook with a recipe; settings are checked before anything is loaded. Exit code: 0 completed, 1 failed, 2 wrong usage or settings, 3 a gate failed and evaluate.gates_action is stop, 128 + n ended by signal n (130 for Ctrl-C).",
         epilog="example: forgekit run notebooks/01_text.ipynb --recipe params/text.yaml --set train.max_steps=60 adapter.r=32",
     )
     verb.add_argument("notebook", metavar="NOTEBOOK", type=Path, help="one with a cell tagged `parameters`")
@@ -43,6 +44,24 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_set(verb)
     verb.add_argument("--name", metavar="N", help="the run's name, its folder below runs/; default: the time")
+    verb.add_argument(
+        "--resume",
+        metavar="auto|never|PATH",
+        default="auto",
+        help="auto (default): a run of that name that did not complete goes on from its newest checkpoint; never: it is refused; PATH: start from this checkpoint",
+    )
+    verb.add_argument(
+        "--timeout",
+        metavar="TIME",
+        type=read_seconds,
+        help="stop the run after this long, with a checkpoint: seconds, or 90m, 12h",
+    )
+    verb.add_argument(
+        "--grace",
+        metavar="TIME",
+        type=read_seconds,
+        help="longest time from a signal to the end of the run; default: 30 s, or two steps where those take longer",
+    )
 
     verb = verbs.add_parser(
         "plan",
@@ -114,12 +133,39 @@ def add_set(verb: argparse.ArgumentParser) -> None:
     """Give a verb the option that changes settings."""
     verb.add_argument(
         "--set",
-        metavar="a.b=c",
-        action="extend",
-        nargs="+",
+        metavar="a.b=c [a.b=c ...]",
+        action="append",
         default=[],
         help="change a setting, for instance train.max_steps=60; the value is read as YAML",
     )
+
+
+def read_seconds(text: str) -> float:
+    """Turn "90", "90s", "90m" or "12h" into seconds."""
+    number, unit = (text[:-1], text[-1]) if text[-1:] in UNITS else (text, "s")
+    try:
+        seconds = float(number) * UNITS[unit]
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: write seconds, or 90m, 12h")
+    return seconds
+
+
+def spread_set(arguments: list[str]) -> list[str]:
+    """Write `--set a=1 b=2 file` as `--set=a=1 --set=b=2 file`: argparse would take the file for a setting."""
+    spread: list[str] = []
+    waiting = taking = False  # for the first value after --set; for more of them
+    for argument in arguments:
+        if waiting and not argument.startswith("--"):
+            spread[-1] = f"--set={argument}"
+        elif taking and "=" in argument and not argument.startswith("-"):
+            spread.append(f"--set={argument}")
+        else:
+            spread.append(argument)
+            taking = argument == "--set"
+        waiting = argument == "--set"
+    return spread
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -128,11 +174,11 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["lab"] and arguments[1:2] not in (["-h"], ["--help"]):
         return start_lab(arguments[1:])
-    options = make_parser().parse_args(arguments)
+    options = make_parser().parse_args(spread_set(arguments))
     verbs = {"init": init, "run": run, "plan": plan, "gates": gates, "doctor": doctor, "slice": slice_model}
     try:
         return verbs[options.verb](options)
-    except ConfigError as error:
+    except (ConfigError, RunNameError) as error:
         print(f"forgekit: {error}", file=sys.stderr)
         return USAGE
     except ForgekitError as error:
@@ -162,10 +208,16 @@ def run(options: argparse.Namespace) -> int:
     from .runs.summary import print_summary
 
     finished = run_notebook(
-        options.notebook, " + ".join(options.recipe or []) or None, read_assignments(options.set), options.name
+        options.notebook,
+        " + ".join(options.recipe or []) or None,
+        read_assignments(options.set),
+        options.name,
+        options.resume,
+        options.timeout,
+        options.grace,
     )
     print_summary(finished)
-    return {"completed": 0, "stopped": INTERRUPTED, "gates_failed": GATES_FAILED}.get(finished.record["state"], FAILED)
+    return finished.record["exit_code"]
 
 
 def plan(options: argparse.Namespace) -> int:
