@@ -47,8 +47,14 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--resume",
         metavar="auto|never|PATH",
-        default="auto",
-        help="auto (default): a run of that name that did not complete goes on from its newest checkpoint; never: it is refused; PATH: start from this checkpoint",
+        help="train.resume. auto (default): a run of that name that did not complete goes on from its newest checkpoint; never: it is refused; PATH: start from this checkpoint",
+    )
+    verb.add_argument(
+        "--allow-drift",
+        metavar="NAME",
+        action="append",
+        choices=["dataset", "config", "base", "versions"],
+        help="resume although dataset, config, base or versions have changed since the checkpoint; may be given again",
     )
     verb.add_argument(
         "--timeout",
@@ -207,12 +213,12 @@ def run(options: argparse.Namespace) -> int:
     from .runs.headless import run_notebook
     from .runs.summary import print_summary
 
+    own = {"train.resume": options.resume, "train.allow_drift": options.allow_drift}
     finished = run_notebook(
         options.notebook,
         " + ".join(options.recipe or []) or None,
-        read_assignments(options.set),
+        read_assignments(options.set) | {name: value for name, value in own.items() if value},
         options.name,
-        options.resume,
         options.timeout,
         options.grace,
     )

@@ -110,7 +110,6 @@ class Run:
 
     path: Path
     record: dict[str, Any]
-    resume: str = "never"  # may training go on from a checkpoint: auto (the newest of this folder), never, or its path
     _lock: IO[str] | None = field(default=None, repr=False)
 
     def update(self, **values: Any) -> None:
@@ -172,16 +171,13 @@ def check_name(name: str | int) -> str:
     return name
 
 
-def start_run(
-    config: "Config", name: str | int | None = None, inside: Run | None = None, resume: str | None = None
-) -> Run:
+def start_run(config: "Config", name: str | int | None = None, inside: Run | None = None, resume: bool = False) -> Run:
     """Make and lock the run's folder and write run.json with the settings and where each came from.
 
     Args:
         name: the folder's name; None or "" takes the time, or the name that `forgekit run` chose.
         inside: a run whose folder this one's is made in, for a second, smaller training in the same notebook.
-        resume: "auto" goes on with a run of that name that did not complete, "never" refuses it, and the path of a
-            checkpoint starts from there. None: what `forgekit run` was told, else "never".
+        resume: go on with a run of that name that did not complete, from where `train.resume` says; else it is refused.
 
     Raises:
         RunNameError: a run of that name exists, or is in use.
@@ -191,7 +187,7 @@ def start_run(
     name = check_name(name or chosen or datetime.now().strftime("%Y%m%d-%H%M%S"))
     path = (inside.path if inside else find_run_root(config.recipe)) / name
     joins = name == chosen and not inside
-    run = join_run(path, resume) if joins else open_run(path, resume or "never")
+    run = join_run(path) if joins else open_run(path, resume)
     try:
         with explain_disk(path):
             run.update(recipe=config.recipes, settings=describe_settings(config), versions=find_versions())
@@ -201,19 +197,18 @@ def start_run(
     return run
 
 
-def join_run(path: Path, resume: str | None) -> Run:
+def join_run(path: Path) -> Run:
     """Go on with the run that `forgekit run` has begun: its supervisor holds the lock; anyone else has to take it."""
-    resume = resume or os.environ.get("FORGEKIT_RESUME") or "never"
     record = {"name": path.name, "state": "running", "started_at": now()}
     if (path / "run.json").exists():
         record |= read_json(path / "run.json")
     with explain_disk(path):
         path.mkdir(parents=True, exist_ok=True)
         lock = None if os.environ.get("FORGEKIT_SUPERVISED") else lock_folder(path)
-    return Run(path, record | {"kernel_pid": os.getpid(), "state": "running"}, resume, lock)
+    return Run(path, record | {"kernel_pid": os.getpid(), "state": "running"}, lock)
 
 
-def open_run(path: Path, resume: str) -> Run:
+def open_run(path: Path, resume: bool) -> Run:
     """Make a run's folder, or open the one of a run that did not complete, and lock it; one process alone gets it.
 
     Raises RunNameError when the name is taken, RunError when the folder cannot be written.
@@ -233,7 +228,7 @@ def open_run(path: Path, resume: str) -> Run:
         record["attempts"] = [*record.get("attempts", []), close_attempt(path)]
         for name in ("error", "finished_at", "stopped_by", "signal", "cell"):  # they belong to the attempt before
             record.pop(name, None)
-    return Run(path, record, resume, lock)
+    return Run(path, record, lock)
 
 
 def close_attempt(path: Path) -> dict[str, Any]:
@@ -260,11 +255,11 @@ def explain_disk(path: Path) -> Iterator[None]:
         ) from None
 
 
-def check_unused(path: Path, resume: str = "never") -> None:
+def check_unused(path: Path, resume: bool = False) -> None:
     """Raise RunNameError when a run stands in the folder whose files would be written over, or files of something else."""
     if (path / "run.json").exists():
         state = read_json(path / "run.json").get("state")
-        if resume == "never" or state == DONE:
+        if not resume or state == DONE:
             raise RunNameError(
                 f"run {path.name!r} exists and is {state}: {path}. Its files are kept; choose another run_name."
             )

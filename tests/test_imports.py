@@ -18,6 +18,8 @@ TIERS = (
         "gate_settings",
         "conflicts",
         "environment",
+        "link",
+        "run_lock",
         "settings",
         "slice_presets",
         "recipe",

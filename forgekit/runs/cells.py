@@ -25,6 +25,7 @@ class Client(PapermillNotebookClient):
 
     supervisor: Supervisor
     process: subprocess.Popen
+    extra_arguments: list[str]
     memory: MemoryKills
 
     def __init__(self, nb_man: Any, **options: Any):

@@ -13,7 +13,7 @@ from ..recipe import find_recipes
 from ..run_folder import Run, check_name, write_text
 from .outcome import Outcome
 from .parameters import find_here, find_parameters
-from .session import Session, begin, check_resume, hand_over
+from .session import Session, begin, hand_over
 from .supervise import Supervisor
 
 
@@ -22,7 +22,6 @@ def run_notebook(
     recipe: str | None,
     settings: Mapping[str, Any],
     name: str | None = None,
-    resume: str = "auto",
     timeout: float | None = None,
     grace: float | None = None,
 ) -> Run:
@@ -32,8 +31,8 @@ def run_notebook(
         notebook: one with a cell tagged `parameters`.
         recipe: the recipe to use instead of the notebook's own.
         settings: dotted names on top of the recipe.
-        name: the run's name; None takes the notebook's own, else the time.
-        resume: auto goes on with a run of that name that did not complete, never refuses it; or a checkpoint's folder.
+        name: the run's name; None takes the notebook's own, else the time. A run of that name that did not complete goes
+            on, unless `train.resume` is never.
         timeout: seconds after which the run is asked to stop.
         grace: seconds from being asked to stop to having ended; None: the longer of 30 and two steps.
 
@@ -52,11 +51,10 @@ def run_notebook(
     config = own.change(settings, "--set")
     name = name or parameters["run_name"]
     name = check_name(name) if name else None
-    resume = check_resume(resume)
     together = read_settings(parameters["settings"]) | settings
     supervisor = Supervisor(grace, timeout)
     with supervisor.catch_signals():
-        session = begin(config, name, resume, notebook.name, supervisor, notebook.parent.absolute())
+        session = begin(config, name, notebook.name, supervisor, notebook.parent.absolute())
         run = session.run
         assert run is not None
         try:

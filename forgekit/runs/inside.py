@@ -13,17 +13,18 @@ import signal
 import socket
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
 from ..link import connect, tell
-from ..run_folder import read_json, write_json
+from ..run_folder import now, read_json, write_json
 from .outcome import STOPPED, Outcome
 from .status import close_status
 from .story import tell_end, write_notebook
 
 VARIABLE = "FORGEKIT_SUPERVISED"
-ORPHANED = Outcome(STOPPED, "the process that supervised it was killed; what was running saved and ended", by="its kernel")
+ORPHANED = Outcome(STOPPED, "the kernel saved what it had and ended", by="the death of its supervisor")
 TICK_SECONDS = 0.05
 _logs: list[TextIO] = []  # faulthandler writes to a file that has to stay open
 
@@ -113,24 +114,26 @@ class Watcher:
 
 def close_files(given: dict[str, Any]) -> None:
     """Write the end into run.json, status.json and the notebook, as the supervisor would have done."""
+    folder = Path(given["folder"]) if given.get("folder") else None
+    record = read_json(folder / "run.json") if folder else {}
+    if record.get("state", "running") != "running":  # the notebook had come to its end
+        return
+    outcome = mend_notebook(Path(given["notebook"])) if given.get("notebook") else ORPHANED
+    close_status(map(Path, given.get("status", ())), f"The run {outcome.sentence()}")
+    if folder:
+        end = {"state": outcome.state, "error": outcome.error, "finished_at": now()}
+        write_json(folder / "run.json", record | end | outcome.for_record())
+
+
+def mend_notebook(path: Path) -> Outcome:
+    """Mark the cell that was running in the notebook on disk; return the end with that cell in it."""
     import nbformat
 
-    outcome = ORPHANED
-    path = Path(given["notebook"]) if given.get("notebook") else None
-    if path and path.exists():
-        notebook = nbformat.read(path, as_version=4)
-        running = [
-            number
-            for number, cell in enumerate(notebook.cells)
-            if cell.metadata.get("papermill", {}).get("status") == "running"
-        ]
-        cell = running[0] if running else None
-        prompt = notebook.cells[cell].get("execution_count") if cell is not None else None
-        outcome = Outcome(STOPPED, ORPHANED.error, by=ORPHANED.by, cell=cell, prompt=prompt)
-        tell_end(notebook, outcome)
-        write_notebook(notebook, path)
-    if given.get("folder"):
-        file = Path(given["folder"]) / "run.json"
-        record = read_json(file)
-        write_json(file, record | {"state": outcome.state, "error": outcome.error} | outcome.for_record())
-    close_status(map(Path, given.get("status", ())), outcome.error)
+    notebook = nbformat.read(path, as_version=4)
+    statuses = [cell.metadata.get("papermill", {}).get("status") for cell in notebook.cells]
+    cell = statuses.index("running") if "running" in statuses else None
+    prompt = None if cell is None else notebook.cells[cell].get("execution_count")
+    outcome = replace(ORPHANED, cell=cell, prompt=prompt)
+    tell_end(notebook, outcome)
+    write_notebook(notebook, path)
+    return outcome

@@ -25,6 +25,13 @@ class Outcome:
         who = f"by {self.by}" if self.by else ""
         return ": ".join(part for part in (who, self.error) if part)
 
+    def sentence(self) -> str:
+        """Return "failed: ...", "was stopped by SIGTERM." or "crashed: ...", which continues "The run"."""
+        verb = {STOPPED: "was stopped", GATES_FAILED: "did not pass its gates"}.get(self.state, self.state)
+        joint = " " if self.by else ": "
+        words = f"{verb}{joint}{self.describe()}" if self.describe() else verb
+        return words if words.endswith((".", "?")) else f"{words}."
+
     def for_record(self) -> dict[str, Any]:
         """Return what run.json holds beside state and error."""
         values = {"stopped_by": self.by, "signal": self.number and name_signal(self.number), "cell": self.prompt}

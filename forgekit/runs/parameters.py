@@ -22,7 +22,7 @@ take_parameters(globals())"""
 
 
 # settings that may name a file or folder
-PATHS = ("data.path", "data.train", "data.validation", "data.test", "model.id", "adapter.path", "train.status_file")
+PATHS = ("data.path", "data.train", "data.validation", "data.test", "model.id", "adapter.path", "train.status_file", "train.resume")
 OUTPUTS = ("train.status_file",)  # need not exist yet
 
 

@@ -44,7 +44,6 @@ class Session:
         values = {SUPERVISED: json.dumps(given), **find_package()}
         if self.run:
             values |= {"FORGEKIT_RUN": self.run.path.name, "FORGEKIT_RUNS": str(self.run.path.parent)}
-            values |= {"FORGEKIT_RESUME": self.run.resume}
         if self.parameters:
             values |= {PARAMETERS_FILE: str(self.parameters)}
         # 1: ipykernel's own watch is off; it would end the process before anything could be saved
@@ -64,7 +63,7 @@ class Session:
         self.run.record = read_json(self.run.path / "run.json")
         if outcome.state == DONE:
             self.outcome = outcome = judge_run(self.run)
-        close_status(self.status, None if outcome.state == DONE else outcome.describe())
+        close_status(self.status, None if outcome.state == DONE else f"The run {outcome.sentence()}")
         self.run.finish(outcome.state, outcome.error, exit_code=outcome.exit_code, **outcome.for_record())
         return outcome
 
@@ -87,31 +86,31 @@ def find_package() -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
 
 
-def begin(
-    config: Config, name: str | int | None, resume: str, notebook: str, supervisor: Supervisor, folder: Path
-) -> Session:
+def begin(config: Config, name: str | int | None, notebook: str, supervisor: Supervisor, folder: Path) -> Session:
     """Open the run's folder and write its first files; `folder` is where the notebook runs.
 
     Raises RunNameError when the name is taken, RunError when the folder cannot be written.
     """
-    run = open_named(find_run_root(config.recipe), name, resume)
+    root = find_run_root(config.recipe)
+    check_resume(config.train.resume, root / str(name or ""))
+    run = open_named(root, name, config.train.resume != "never")
     session = Session(supervisor, run, status=[run.path / "status.json"])
     if config.train.status_file:
         session.status.append(folder / Path(config.train.status_file).expanduser())
     with explain_disk(run.path):
-        run.update(notebook=notebook, resume=resume)
+        run.update(notebook=notebook)
         open_status(session.status)
     return session
 
 
-def open_named(root: Path, name: str | int | None, resume: str) -> Run:
+def open_named(root: Path, name: str | int | None, resume: bool) -> Run:
     """Open the run of that name, or one named after the time; where two begin in one second, the later counts on."""
     if name:
         return open_run(root / check_name(name), resume)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     for ending in ("", *(f"-{number}" for number in range(2, 100))):
         try:
-            return open_run(root / f"{stamp}{ending}", "never")
+            return open_run(root / f"{stamp}{ending}", False)
         except RunNameError:
             continue
     raise RunNameError(f"{root} holds a hundred runs named {stamp}. Choose a run_name.")
@@ -122,14 +121,11 @@ def hand_over(session: Session, given: Mapping[str, Any]) -> None:
     assert session.run is not None
     session.parameters = session.run.path / "parameters.json"
     with explain_disk(session.run.path):
-        write_parameters(session.parameters, given | {"run_name": session.run.path.name})
+        write_parameters(session.parameters, {**given, "run_name": session.run.path.name})
 
 
-def check_resume(resume: str) -> str:
-    """Return `auto`, `never`, or the checkpoint's absolute path. Raises ConfigError when there is no such folder."""
-    if resume in ("auto", "never"):
-        return resume
-    path = Path(resume).expanduser()
-    if not path.is_dir():
-        raise ConfigError(f"--resume {resume}: no such folder. Say auto, never, or the path of a checkpoint.")
-    return str(path.absolute())
+def check_resume(resume: str, folder: Path) -> None:
+    """Raise ConfigError when `train.resume` names a checkpoint that is neither a folder nor one of this run's."""
+    if resume in ("auto", "never") or any(path.is_dir() for path in (Path(resume), folder / "checkpoints" / resume)):
+        return
+    raise ConfigError(f"train.resume is {resume!r}: no such folder. Say auto, never, or the path of a checkpoint.")

@@ -1,6 +1,5 @@
 """The session of a notebook that plain papermill executes with forgekit's engine: checked and recorded as `forgekit run` does."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -31,5 +30,4 @@ def begin_from_notebook(notebook: Any, source: str | None) -> Session:
         return Session()
     values = {**own, **given}
     config = load_config(values["recipe"] or None, values["settings"])
-    resume = os.environ.get("FORGEKIT_RESUME", "never")
-    return begin(config, values["run_name"], resume, name.name, Supervisor(), Path.cwd())
+    return begin(config, values["run_name"], name.name, Supervisor(), Path.cwd())

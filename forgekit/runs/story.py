@@ -31,21 +31,13 @@ def tell_end(notebook: Any, outcome: Outcome) -> None:
 
 def add_banner(notebook: Any, outcome: Outcome) -> None:
     """Put a red line at the top, and where a cell was cut short a second one before it, which the first one links to."""
-    words = html.escape(f"This run {describe_state(outcome)}")
+    words = html.escape(f"This run {outcome.sentence()}")
     if outcome.cell is None:
         insert_mark(notebook, 0, f"<span {STYLE}>{words}</span>")
         return
     where = "In [{}]".format(" " if outcome.prompt is None else outcome.prompt)
     insert_mark(notebook, outcome.cell, f'<span id="{ANCHOR}" {STYLE}>The run ended in this cell:</span>')
     insert_mark(notebook, 0, f'<span {STYLE}>{words} See <a href="#{ANCHOR}">{where}</a>.</span>')
-
-
-def describe_state(outcome: Outcome) -> str:
-    """Return "failed: ...", "was stopped by SIGTERM." or "crashed: ..."."""
-    verb = {"stopped": "was stopped", "gates_failed": "did not pass its gates"}.get(outcome.state, outcome.state)
-    joint = " " if outcome.by else ": "
-    words = f"{verb}{joint}{outcome.describe()}" if outcome.describe() else verb
-    return words if words.endswith((".", "?")) else f"{words}."
 
 
 def insert_mark(notebook: Any, position: int, source: str) -> None:
