@@ -16,7 +16,8 @@ from .outcome import FAILED, STOPPED, Outcome
 from .session import Session
 from .supervise import Supervisor
 
-SHUTDOWN_SECONDS = 30.0  # for a kernel that is idle and has only to leave; after that it is killed
+# for a kernel that is idle and has only to leave, until it is killed; it waits for each of its children in turn
+SHUTDOWN_SECONDS, HURRIED_SECONDS = 30.0, 3.0
 EXTENSION = "forgekit.runs.inside"
 
 
@@ -38,6 +39,8 @@ class Client(PapermillNotebookClient):
         try:
             with self.supervised_kernel(session, notebook):
                 outcome = self.execute_cells()
+                if self.supervisor.stop and self.km:
+                    self.km.shutdown_wait_time = HURRIED_SECONDS
         except RuntimeError as error:  # it died before its first answer, or does not start in time
             if self.supervisor.stop is None:
                 return Outcome(FAILED, f"the kernel did not start: {' '.join(str(error).split())}")
@@ -69,6 +72,7 @@ class Client(PapermillNotebookClient):
         for index, cell in enumerate(self.nb.cells):
             if self.supervisor.stop:
                 break
+            self.supervisor.cell_begins()
             self.nb_man.cell_start(cell, index)
             outcome = self.execute_one(cell, index)
             self.supervisor.cell_ended()

@@ -60,7 +60,7 @@ class ForgekitEngine(Engine):
                 recorder.finish(outcome)
         raise_for(outcome, recorder)
         if keeper:
-            keeper.keep(recorder.nb)
+            keeper.seal()
         return hide_allowed_errors(recorder.nb)
 
     @classmethod
@@ -121,7 +121,7 @@ class Recorder(NotebookExecutionManager):
 
 
 class Keeper(LocalHandler):
-    """papermill's writer for the output: whole or not at all, and what the engine wrote last stays."""
+    """papermill's writer for the output: whole or not at all."""
 
     def __init__(self, output: str):
         super().__init__()
@@ -129,19 +129,18 @@ class Keeper(LocalHandler):
         folder = local.cwd(None)  # the only way to ask it is to set it
         local.cwd(folder)
         self.output, self.path = output, Path(folder or ".").absolute() / output
-        self.last: str | None = None
+        self.sealed = False
         papermill_io.register(output, self)
 
     def write(self, buf: str, path: str) -> None:
-        """Write the notebook's text, or, when papermill writes once more behind the engine, the engine's."""
-        text, self.last = self.last or buf, None
-        write_text(self.path if path == self.output else self.path.parent / path, text)
+        """Write the notebook's text; once sealed, leave the next one out."""
+        if not self.sealed or path != self.output:
+            write_text(self.path if path == self.output else self.path.parent / path, buf)
+        self.sealed = False
 
-    def keep(self, notebook: Any) -> None:
-        """Remember the notebook as papermill's next and last write."""
-        import nbformat
-
-        self.last = nbformat.writes(notebook)
+    def seal(self) -> None:
+        """Let the file stay as the engine wrote it: papermill writes what it was given back once more."""
+        self.sealed = True
 
 
 def is_local(path: str) -> bool:

@@ -96,7 +96,9 @@ class Watcher:
         """
         if self.asked and not self.interrupted and callable(signal.getsignal(signal.SIGINT)):
             self.interrupted = True
-            os.kill(os.getpid(), signal.SIGINT)
+            # to the main thread by name: another one may get what is sent to the process, and a sleeping main thread
+            # would not wake up (seen with a second signal pending)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     def end_alone(self) -> None:
         """End the cell, say so in the run's files, and end this process and all that it started."""

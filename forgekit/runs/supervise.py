@@ -49,6 +49,7 @@ class Supervisor:
         self.began = time.monotonic()
         self.pid: int | None = None
         self.listens = False  # our extension runs in the kernel
+        self.executing = False  # a kernel that still starts would die of an interrupt
         self.link: socket.socket | None = None
         self.told = self.hurry = False
         self.step_began: float | None = None
@@ -105,6 +106,10 @@ class Supervisor:
             if self.pid is not None:
                 kill_group(self.pid)
 
+    def cell_begins(self) -> None:
+        """Note that there is something to interrupt."""
+        self.executing = True
+
     def cell_ended(self) -> None:
         """Forget a step that an error cut short."""
         self.step_began = None
@@ -121,7 +126,9 @@ class Supervisor:
         """Take what the kernel says, for at most one tick."""
         assert self.link is not None
         ready, _, _ = select.select([self.link], [], [], TICK_SECONDS)
-        received = self.link.recv(65536) if ready else b""
+        received = b""
+        with contextlib.suppress(ConnectionError):  # it died with words of ours unread
+            received = self.link.recv(65536) if ready else b""
         if ready and not received:  # the kernel has closed its end; the notebook's client finds out by itself
             self.ended.wait(TICK_SECONDS)
         *lines, self.rest = (self.rest + received).split(b"\n")
@@ -166,7 +173,7 @@ class Supervisor:
 
     def see_to_the_end(self, stop: Stop) -> None:
         """Tell the kernel once; kill it when the grace period is nearly over, so that the notebook is written within it."""
-        if not self.told and self.pid is not None:
+        if not self.told and self.executing:
             self.told = True
             if self.listens and self.link is not None:
                 with contextlib.suppress(OSError):
