@@ -225,6 +225,10 @@ class Train(Section):
         "auto",
         "what the fast path keeps for its backward: low (nothing: least memory), high (all: fastest), auto (what fits), or so many GiB in use",
     )
+    cache_towers: Switch = setting(
+        "auto",
+        "keep what frozen towers make of pictures and sound for the next epochs; auto: on a CPU, when rows come again",
+    )
     guard: Literal["stop", "warn"] = setting(
         "stop", "what a failed check of the training stack does before the first step"
     )

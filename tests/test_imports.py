@@ -76,6 +76,7 @@ MAY_BE_HEAVY = (
             "recompute",
             "trial",
             "park",
+            "tower_cache",
         )
     ),
 )
