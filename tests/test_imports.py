@@ -34,7 +34,7 @@ TIERS = (
     ("evaluate",),
     ("train",),
     ("export",),
-    ("panels", "runs", "project", "doctor"),
+    ("panels", "runs", "project", "doctor", "arguments"),
     ("__main__",),
 )
 RANKS = {name: rank for rank, names in enumerate(TIERS) for name in names}
