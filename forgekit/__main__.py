@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .errors import ConfigError, ForgekitError
+from .arguments import read_assignments, read_seconds, spread_set
+from .errors import ConfigError, ForgekitError, RunNameError
 
 FAILED, USAGE, GATES_FAILED, INTERRUPTED = 1, 2, 3, 130
 
@@ -31,7 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser(
         "run",
         help="execute a notebook without a browser",
-        description="Execute a notebook with a recipe; settings are checked before anything is loaded. Exit code: 0 completed, 1 failed, 2 wrong usage or settings, 3 a gate failed and evaluate.gates_action is stop, 130 interrupted.",
+        description="Execute a notebook with a recipe; settings are checked before anything is loaded. Exit code: 0 completed, 1 failed, 2 wrong usage or settings, 3 a gate failed and evaluate.gates_action is stop, 128 + n ended by signal n (130 for Ctrl-C).",
         epilog="example: forgekit run notebooks/01_text.ipynb --recipe params/text.yaml --set train.max_steps=60 adapter.r=32",
     )
     verb.add_argument("notebook", metavar="NOTEBOOK", type=Path, help="one with a cell tagged `parameters`")
@@ -43,6 +44,30 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_set(verb)
     verb.add_argument("--name", metavar="N", help="the run's name, its folder below runs/; default: the time")
+    verb.add_argument(
+        "--resume",
+        metavar="auto|never|PATH",
+        help="train.resume. auto (default): a run of that name that did not complete goes on from its newest checkpoint; never: it is refused; PATH: start from this checkpoint",
+    )
+    verb.add_argument(
+        "--allow-drift",
+        metavar="NAME",
+        action="append",
+        choices=["dataset", "config", "base", "versions"],
+        help="resume although dataset, config, base or versions have changed since the checkpoint; may be given again",
+    )
+    verb.add_argument(
+        "--timeout",
+        metavar="TIME",
+        type=read_seconds,
+        help="stop the run after this long, with a checkpoint: seconds, or 90m, 12h",
+    )
+    verb.add_argument(
+        "--grace",
+        metavar="TIME",
+        type=read_seconds,
+        help="longest time from a signal to the end of the run; default: 30 s, or two steps where those take longer",
+    )
 
     verb = verbs.add_parser(
         "plan",
@@ -114,9 +139,8 @@ def add_set(verb: argparse.ArgumentParser) -> None:
     """Give a verb the option that changes settings."""
     verb.add_argument(
         "--set",
-        metavar="a.b=c",
-        action="extend",
-        nargs="+",
+        metavar="a.b=c [a.b=c ...]",
+        action="append",
         default=[],
         help="change a setting, for instance train.max_steps=60; the value is read as YAML",
     )
@@ -128,11 +152,11 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["lab"] and arguments[1:2] not in (["-h"], ["--help"]):
         return start_lab(arguments[1:])
-    options = make_parser().parse_args(arguments)
+    options = make_parser().parse_args(spread_set(arguments))
     verbs = {"init": init, "run": run, "plan": plan, "gates": gates, "doctor": doctor, "slice": slice_model}
     try:
         return verbs[options.verb](options)
-    except ConfigError as error:
+    except (ConfigError, RunNameError) as error:
         print(f"forgekit: {error}", file=sys.stderr)
         return USAGE
     except ForgekitError as error:
@@ -161,11 +185,17 @@ def run(options: argparse.Namespace) -> int:
     from .runs.headless import run_notebook
     from .runs.summary import print_summary
 
+    own = {"train.resume": options.resume, "train.allow_drift": options.allow_drift}
     finished = run_notebook(
-        options.notebook, " + ".join(options.recipe or []) or None, read_assignments(options.set), options.name
+        options.notebook,
+        " + ".join(options.recipe or []) or None,
+        read_assignments(options.set) | {name: value for name, value in own.items() if value},
+        options.name,
+        options.timeout,
+        options.grace,
     )
     print_summary(finished)
-    return {"completed": 0, "stopped": INTERRUPTED, "gates_failed": GATES_FAILED}.get(finished.record["state"], FAILED)
+    return finished.record["exit_code"]
 
 
 def plan(options: argparse.Namespace) -> int:
@@ -191,19 +221,6 @@ def gates(options: argparse.Namespace) -> int:
     found = check_gates(find_run(options.run))
     print(found)
     return 0 if found.held else GATES_FAILED
-
-
-def read_assignments(assignments: list[str]) -> dict[str, Any]:
-    """Turn ["train.max_steps=60"] into {"train.max_steps": 60}. Raises ConfigError for one without "="."""
-    from .recipe import parse_yaml
-
-    settings = {}
-    for assignment in assignments:
-        name, equals, value = assignment.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {assignment}: write it as name=value, for instance train.max_steps=60.")
-        settings[name.strip()] = parse_yaml(value, f"--set {name}")
-    return settings
 
 
 def doctor(options: argparse.Namespace) -> int:

@@ -4,7 +4,8 @@
     ├── ConfigError    a recipe, a setting or a notebook parameter
     ├── DataError      rows that cannot be read or learned from
     ├── ModelError     weights, libraries or hardware that cannot do what was asked
-    ├── RunError       a run's folder: its name, lock, permissions or disk
+    ├── RunError       a run's folder: its permissions or disk
+    │   └── RunNameError   its name: no folder name, taken, or in use
     └── ExportError    an export that could not be written or is not the trained model
 
 Every message says what happened, with the values, and then what to do.
@@ -39,6 +40,10 @@ class ModelError(ForgekitError):
 
 class RunError(ForgekitError):
     """A run's folder cannot be made, locked or written."""
+
+
+class RunNameError(RunError):
+    """A run's name is no folder name, is taken, or its run is in use; another name helps."""
 
 
 class ExportError(ForgekitError):

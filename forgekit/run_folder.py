@@ -5,7 +5,7 @@ runs/<name>/
                 stopped | gates_failed
   plan.json     which modules learn, with ranks and numbers of parameters
   status.json   while training: step, total_steps, epoch, loss, learning_rate, eta_seconds, ...
-  notebook.ipynb  notebook.html   under `forgekit run`
+  notebook.ipynb  notebook.html  parameters.json   under `forgekit run`
   checkpoints/  models/lora  models/merged  logs/training.log  logs/metrics.jsonl
   metrics/baseline.json  metrics/training-stats.json  metrics/scores.json  metrics/regression.json  metrics/gates.json
   quarantine.jsonl
@@ -24,8 +24,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from .errors import RunError
+from .errors import RunError, RunNameError
 from .paths import check_inside
+from .run_lock import LOCK, lock_folder
 from .scrub import HANDED_ON, Clean, CleanFile, choose_cleaning, looks_like_token, scrub
 
 if TYPE_CHECKING:
@@ -139,10 +140,18 @@ class Run:
         self.record.update(values, updated_at=now())
         write_json(self.path / "run.json", self.record)
 
-    def finish(self, state: str = DONE, error: str | None = None) -> None:
+    def finish(self, state: str = DONE, error: str | None = None, **values: Any) -> None:
         """Record the end of the run and release its lock."""
-        self.update(state=state, error=error, finished_at=now())
+        self.update(state=state, error=error, finished_at=now(), **values)
         scrub_files(self.path)
+        self.release()
+
+    def open_files(self) -> tuple[int, ...]:
+        """Return the lock's file number for a child that is to keep the folder locked as long as it lives."""
+        return (self._lock.fileno(),) if self._lock else ()
+
+    def release(self) -> None:
+        """Give the folder free."""
         if self._lock:
             self._lock.close()
             self._lock = None
@@ -174,10 +183,13 @@ def find_run(name: Path) -> Path:
 
 
 def check_name(name: str | int) -> str:
-    """Return the run's name; papermill makes a number of one that looks like it. Raises RunError when it is no folder name."""
+    """Return the run's name; papermill makes a number of one that looks like it.
+
+    Raises RunNameError when it is no folder name.
+    """
     name = str(name) if type(name) is int else name
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise RunError(
+        raise RunNameError(
             f"run name {name!r}: use up to 100 letters, digits, '.', '_' and '-', the first a letter or digit."
         )
     if looks_like_token(name):
@@ -187,61 +199,100 @@ def check_name(name: str | int) -> str:
     return name
 
 
-def start_run(config: "Config", name: str | int | None = None, inside: Run | None = None) -> Run:
+def start_run(config: "Config", name: str | int | None = None, inside: Run | None = None, resume: bool = False) -> Run:
     """Make and lock the run's folder and write run.json with the settings and where each came from.
 
     Args:
         name: the folder's name; None or "" takes the time, or the name that `forgekit run` chose.
         inside: a run whose folder this one's is made in, for a second, smaller training in the same notebook.
+        resume: go on with a run of that name that did not complete, from where `train.resume` says; else it is refused.
 
     Raises:
-        RunError: a run of that name exists, is in use, or its folder cannot be written.
+        RunNameError: a run of that name exists, or is in use.
+        RunError: its folder cannot be written.
     """
-    name = check_name(name or os.environ.get("FORGEKIT_RUN") or datetime.now().strftime("%Y%m%d-%H%M%S"))
+    chosen = os.environ.get("FORGEKIT_RUN")
+    name = check_name(name or chosen or datetime.now().strftime("%Y%m%d-%H%M%S"))
     path = check_inside(inside.path if inside else find_run_root(config.recipe), name)
-    if os.environ.get("FORGEKIT_RUN") != name:
-        check_unused(path)
-    record = {"name": name, "state": "running", "pid": os.getpid(), "started_at": now()}
-    if (path / "run.json").exists():  # `forgekit run` has begun it
-        record = read_json(path / "run.json") | record
+    joins = name == chosen and not inside
+    run = join_run(path) if joins else open_run(path, resume)
     try:
+        with explain_disk(path):
+            run.update(recipe=config.recipes, settings=describe_settings(config), versions=find_versions())
+    except BaseException:
+        run.release()
+        raise
+    return run
+
+
+def join_run(path: Path) -> Run:
+    """Go on with the run that `forgekit run` has begun: its supervisor holds the lock; anyone else has to take it."""
+    record = {"name": path.name, "state": "running", "started_at": now()}
+    if (path / "run.json").exists():
+        record |= read_json(path / "run.json")
+    with explain_disk(path):
         path.mkdir(parents=True, exist_ok=True)
-        run = Run(path, record, lock_folder(path))
-        run.update(recipe=config.recipes, settings=describe_settings(config), versions=find_versions())
+        lock = None if os.environ.get("FORGEKIT_SUPERVISED") else lock_folder(path)
+    return Run(path, record | {"kernel_pid": os.getpid(), "state": "running"}, lock)
+
+
+def open_run(path: Path, resume: bool) -> Run:
+    """Make a run's folder, or open the one of a run that did not complete, and lock it; one process alone gets it.
+
+    Raises RunNameError when the name is taken, RunError when the folder cannot be written.
+    """
+    check_unused(path, resume)
+    with explain_disk(path):
+        path.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(path)
+    try:
+        check_unused(path, resume)  # again, now that nobody else can change it
+    except BaseException:
+        lock.close()
+        raise
+    record: dict[str, Any] = {"name": path.name, "state": "running", "pid": os.getpid(), "started_at": now()}
+    if (path / "run.json").exists():
+        record = read_json(path / "run.json") | record
+        record["attempts"] = [*record.get("attempts", []), close_attempt(path)]
+        for name in ("error", "finished_at", "stopped_by", "signal", "cell"):  # they belong to the attempt before
+            record.pop(name, None)
+    return Run(path, record, lock)
+
+
+def close_attempt(path: Path) -> dict[str, Any]:
+    """Return what run.json says of the attempt before, and put its notebook aside under a number."""
+    record = read_json(path / "run.json")
+    kept = {name: record.get(name) for name in ("started_at", "finished_at", "state", "error", "stopped_by")}
+    number = len(record.get("attempts", [])) + 1
+    for file in (path / "notebook.ipynb", path / "notebook.html"):
+        if file.exists():
+            aside = file.with_name(f"{file.stem}-{number}{file.suffix}")
+            file.rename(aside)
+            kept |= {"notebook": aside.name} if file.suffix == ".ipynb" else {}
+    return kept
+
+
+@contextlib.contextmanager
+def explain_disk(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block into RunError with the remedy."""
+    try:
+        yield
     except OSError as error:
         raise RunError(
             f"the run's folder {path} cannot be written: {error.strerror}. Set FORGEKIT_RUNS to a folder that can."
         ) from None
-    return run
 
 
-def check_unused(path: Path) -> None:
-    """Raise RunError when a run stands in the folder: its files are never written over."""
+def check_unused(path: Path, resume: bool = False) -> None:
+    """Raise RunNameError when a run stands in the folder whose files would be written over, or files of something else."""
     if (path / "run.json").exists():
         state = read_json(path / "run.json").get("state")
-        raise RunError(f"run {path.name!r} exists and is {state}: {path}. Its files are kept; choose another run_name.")
-
-
-def lock_folder(path: Path) -> IO[str]:
-    """Lock a run's folder for this process; the system frees the lock when the process ends, however it ends."""
-    file = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  # open as long as the run
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows has no flock; there the name alone protects
-        pass
-    except BlockingIOError:
-        file.seek(0)
-        owner = file.read().strip() or "another process"
-        file.close()
-        raise RunError(
-            f"{path} is in use by process {owner}. Choose another run_name, or end that process first."
-        ) from None
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    return file
+        if not resume or state == DONE:
+            raise RunNameError(
+                f"run {path.name!r} exists and is {state}: {path}. Its files are kept; choose another run_name."
+            )
+    elif path.is_dir() and any(file.name != LOCK for file in path.iterdir()):
+        raise RunNameError(f"{path} exists and holds no run. Its files are kept; choose another run_name.")
 
 
 def describe_settings(config: "Config") -> dict[str, dict[str, Any]]:

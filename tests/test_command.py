@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,11 +10,13 @@ import nbformat
 import pytest
 
 from forgekit import __version__, doctor
-from forgekit.__main__ import main, read_assignments
+from forgekit.__main__ import main, read_assignments, read_seconds
 from forgekit.doctor import BAD, NOTE, OK, Finding
 from forgekit.errors import ConfigError
 from forgekit.run_folder import Run, read_json
 from forgekit.runs import headless
+from forgekit.runs.outcome import Outcome
+from forgekit.runs.session import Session
 from forgekit.runs.summary import find_command
 
 PARAMETERS = 'recipe: str = "recipe.yaml"\nsettings: dict = {}\nrun_name: str = ""'
@@ -79,7 +80,7 @@ def test_help_explains_every_argument_and_the_exit_codes(capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         main(["run", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    codes = "0 completed, 1 failed, 2 wrong usage or settings, 3 a gate failed and evaluate.gates_action is stop, 130 interrupted."
+    codes = "0 completed, 1 failed, 2 wrong usage or settings, 3 a gate failed and evaluate.gates_action is stop, 128 + n ended by signal n (130 for Ctrl-C)."
     assert f"Exit code: {codes}" in text
     for argument in ("NOTEBOOK one with a cell tagged", "--recipe R YAML file", "--name N the run's name"):
         assert argument in text
@@ -206,13 +207,13 @@ def test_a_parameters_cell_that_cannot_be_read_is_refused(
         ("first", "run 'first' exists and is completed: "),
     ],
 )
-def test_a_name_that_cannot_be_used_ends_with_1(
+def test_a_name_that_cannot_be_used_ends_with_2(
     name: str, message: str, no_kernel: None, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     write_notebook(PARAMETERS, START)
     Run(tmp_path / "runs" / "first", {}).finish()
     before = (tmp_path / "runs" / "first" / "run.json").read_bytes()
-    assert main(["run", "toy.ipynb", "--name", name]) == 1
+    assert main(["run", "toy.ipynb", "--name", name]) == 2
     assert capsys.readouterr().err.startswith(f"forgekit: {message}")
     assert (tmp_path / "runs" / "first" / "run.json").read_bytes() == before
 
@@ -226,6 +227,90 @@ def test_a_runs_folder_that_cannot_be_written_ends_with_1(
     error = capsys.readouterr().err
     assert error.startswith("forgekit: the run's folder ")
     assert error.endswith("Set FORGEKIT_RUNS to a folder that can.\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--set", "train.seed=3", "adapter.r=4", "toy.ipynb"],
+        ["--set", "train.seed=3", "--set", "adapter.r=4", "toy.ipynb"],
+        ["toy.ipynb", "--set=train.seed=3", "--set", "adapter.r=4", "--name", "x"],
+        ["--name", "x", "--set", "train.seed=3", "adapter.r=4", "--", "toy.ipynb"],
+    ],
+)
+def test_set_takes_settings_and_leaves_the_notebook(arguments: list[str], given: dict) -> None:
+    write_notebook(PARAMETERS, START)
+    assert main(["run", *arguments]) == 0
+    assert given["settings"] == {"train.seed": 3, "adapter.r": 4}
+
+
+def test_set_without_a_value_is_wrong_usage(no_kernel: None, capsys: pytest.CaptureFixture) -> None:
+    write_notebook(PARAMETERS, START)
+    for arguments in (["toy.ipynb", "--set"], ["--set", "--name", "x", "toy.ipynb"]):
+        with pytest.raises(SystemExit) as left:
+            main(["run", *arguments])
+        assert left.value.code == 2
+        assert "argument --set: expected one argument" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("90s", 90), ("1.5m", 90), ("12h", 43200)])
+def test_times_are_seconds_or_say_their_unit(text: str, seconds: float) -> None:
+    assert read_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "h", "-5", "0", "soon", "inf", "nan"])
+def test_what_is_no_time_is_refused(text: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["run", "toy.ipynb", f"--timeout={text}"])
+    assert left.value.code == 2
+    assert "is no time: write seconds, or 90m, 12h" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_is_none_is_refused(no_kernel: None, capsys: pytest.CaptureFixture) -> None:
+    write_notebook(PARAMETERS, START)
+    assert main(["run", "toy.ipynb", "--resume", "nowhere"]) == 2
+    assert "train.resume is 'nowhere': no such folder." in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_resume_and_drift_are_settings_of_the_run(given: dict, own_folder: Path) -> None:
+    write_notebook(PARAMETERS, START)
+    Path("checkpoint-5").mkdir()
+    drift = ["--allow-drift", "versions", "--allow-drift", "dataset"]
+    assert main(["run", "toy.ipynb", "--resume", "checkpoint-5", *drift]) == 0
+    assert given["settings"] == {
+        "train.resume": str(own_folder / "checkpoint-5"),
+        "train.allow_drift": ["versions", "dataset"],
+    }
+
+
+def test_a_run_that_did_not_complete_goes_on_under_its_name_unless_told_never(
+    given: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    write_notebook(PARAMETERS, START)
+    Run(tmp_path / "runs" / "first", {"name": "first"}).finish("stopped")
+    assert main(["run", "toy.ipynb", "--name", "first", "--resume", "never"]) == 2
+    assert "run 'first' exists and is stopped: " in capsys.readouterr().err
+    assert main(["run", "toy.ipynb", "--name", "first"]) == 0
+    record = read_json(tmp_path / "runs" / "first" / "run.json")
+    assert (record["state"], [attempt["state"] for attempt in record["attempts"]]) == ("completed", ["stopped"])
+
+
+def test_runs_without_a_name_that_begin_in_one_second_do_not_meet(
+    given: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from datetime import datetime
+
+    class Stopped(datetime):
+        @classmethod
+        def now(cls, *zone: object) -> datetime:  # type: ignore[override]
+            return datetime(2026, 11, 21, 14, 27)
+
+    monkeypatch.setattr("forgekit.runs.session.datetime", Stopped)
+    write_notebook(PARAMETERS, START)
+    assert [main(["run", "toy.ipynb"]) for _ in range(3)] == [0, 0, 0]
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert names == ["20261121-142700", "20261121-142700-2", "20261121-142700-3"]
 
 
 def test_values_of_set_are_read_as_yaml() -> None:
@@ -265,38 +350,10 @@ def test_a_run_that_ends_well_exits_with_0(tmp_path: Path, capfd: pytest.Capture
     assert "FORGEKIT_RUN" not in os.environ
 
 
-@pytest.mark.parametrize(
-    ("error", "code", "state", "message"),
-    [
-        (lambda: KeyboardInterrupt(), 130, "stopped", "interrupted from the keyboard"),
-        (lambda: dead_kernel(), 1, "failed", "the kernel died: "),
-    ],
-)
-def test_a_run_that_breaks_off_is_recorded(
-    error: Callable[[], BaseException],
-    code: int,
-    state: str,
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    import papermill
-
-    def break_off(*arguments: object, **options: object) -> None:
-        raise error()
-
-    monkeypatch.setattr(papermill, "execute_notebook", break_off)
-    write_notebook(PARAMETERS, START)
-    assert main(["run", "toy.ipynb", "--name", "broken"]) == code
-    record = read_json(tmp_path / "runs" / "broken" / "run.json")
-    assert record["state"] == state
-    assert record["error"].startswith(message)
-
-
 def test_an_error_of_the_executor_itself_leaves_no_run_that_looks_alive(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def break_off(*arguments: object) -> tuple[str, None]:
+    def break_off(*arguments: object) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(headless, "execute", break_off)
@@ -305,12 +362,6 @@ def test_an_error_of_the_executor_itself_leaves_no_run_that_looks_alive(
         main(["run", "toy.ipynb", "--name", "broken"])
     record = read_json(tmp_path / "runs" / "broken" / "run.json")
     assert (record["state"], record["error"]) == ("failed", "the notebook could not be executed")
-
-
-def dead_kernel() -> BaseException:
-    from nbclient.exceptions import DeadKernelError
-
-    return DeadKernelError("Kernel died")
 
 
 # ---- doctor and lab --------------------------------------------------------------------------------------------------
@@ -430,11 +481,15 @@ def test_the_module_is_the_command(project_folder: Path) -> None:
 
 @pytest.fixture
 def given(monkeypatch: pytest.MonkeyPatch) -> dict:
-    """What a notebook would have been executed with."""
+    """What a notebook would have been executed with: the file that its kernel reads."""
     seen: dict = {}
-    monkeypatch.setattr(
-        headless, "execute", lambda notebook, output, parameters: (seen.update(parameters), ("completed", None))[1]
-    )
+
+    def execute(notebook: Path, output: Path, session: Session) -> Outcome:
+        assert session.parameters is not None
+        seen.update(read_json(session.parameters))
+        return session.finish(Outcome())
+
+    monkeypatch.setattr(headless, "execute", execute)
     return seen
 
 

@@ -18,6 +18,8 @@ TIERS = (
         "gate_settings",
         "conflicts",
         "environment",
+        "link",
+        "run_lock",
         "settings",
         "slice_presets",
         "recipe",
@@ -34,7 +36,7 @@ TIERS = (
     ("evaluate",),
     ("train",),
     ("export",),
-    ("panels", "runs", "project", "doctor"),
+    ("panels", "runs", "project", "doctor", "arguments"),
     ("__main__",),
 )
 RANKS = {name: rank for rank, names in enumerate(TIERS) for name in names}

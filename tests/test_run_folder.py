@@ -2,26 +2,23 @@
 
 import json
 import os
-import signal
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from forgekit.config import Config, load_config
-from forgekit.errors import RunError
+from forgekit.errors import RunError, RunNameError
 from forgekit.run_folder import (
     Run,
     check_name,
     find_run_root,
-    lock_folder,
     read_json,
     start_run,
     write_json,
     write_text,
 )
+from forgekit.run_lock import lock_folder
 
 
 @pytest.fixture
@@ -174,6 +171,33 @@ def test_a_run_inside_another_has_its_folder_in_it(runs: Path) -> None:
     assert read_json(outer.path / "run.json")["state"] == "running"
 
 
+@pytest.mark.parametrize("state", ["failed", "stopped", "crashed", "running"])
+def test_a_run_that_did_not_complete_goes_on_when_that_is_asked_for(state: str, runs: Path) -> None:
+    start_run(Config(), "first").finish(state, "why")
+    for name in ("notebook.ipynb", "notebook.html", "result"):
+        (runs / "first" / name).write_text("of the first attempt")
+    run = start_run(Config(), "first", resume=True)
+    (attempt,) = run.record["attempts"]
+    assert (attempt["state"], attempt["error"], attempt["notebook"]) == (state, "why", "notebook-1.ipynb")
+    assert run.record["state"] == "running" and "finished_at" not in run.record
+    assert sorted(file.name for file in run.path.iterdir()) == [
+        *(".lock", "notebook-1.html", "notebook-1.ipynb"),
+        *("result", "run.json"),
+    ]
+    run.finish()
+    with pytest.raises(RunNameError, match="exists and is completed"):
+        start_run(Config(), "first", resume=True)
+
+
+def test_a_folder_that_holds_something_else_is_refused_and_kept(runs: Path) -> None:
+    (runs / "first").mkdir(parents=True)
+    (runs / "first" / "thesis.txt").write_text("years")
+    for resume in (False, True):
+        with pytest.raises(RunNameError, match="exists and holds no run. Its files are kept"):
+            start_run(Config(), "first", resume=resume)
+    assert [file.name for file in (runs / "first").iterdir()] == ["thesis.txt"]
+
+
 def test_under_forgekit_run_the_kernel_goes_on_with_the_run_that_was_begun(
     runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,47 +245,6 @@ def test_a_disk_that_fills_while_the_run_starts_is_one_sentence(runs: Path, monk
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(RunError, match="first cannot be written: No space left on device. Set FORGEKIT_RUNS"):
         start_run(Config(), "first")
-
-
-# ---- the lock --------------------------------------------------------------------------------------------------------
-
-OWNER = """
-import sys
-from pathlib import Path
-from forgekit.run_folder import lock_folder
-lock = lock_folder(Path(sys.argv[1]))
-print("locked", flush=True)
-sys.stdin.read()
-"""
-
-
-@pytest.fixture
-def owner(tmp_path: Path, project_folder: Path):
-    """Another process that holds the lock of tmp_path."""
-    command = [sys.executable, "-c", OWNER, str(tmp_path)]
-    process = subprocess.Popen(command, cwd=project_folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "locked\n"
-    yield process
-    process.kill()
-    process.communicate()
-
-
-def test_a_second_process_is_refused_with_the_owners_number(owner: subprocess.Popen, tmp_path: Path) -> None:
-    with pytest.raises(RunError) as caught:
-        lock_folder(tmp_path)
-    assert str(caught.value) == (
-        f"{tmp_path} is in use by process {owner.pid}. Choose another run_name, or end that process first."
-    )
-    with pytest.raises(RunError, match=f"by process {owner.pid}"):  # asking does not take the number away
-        lock_folder(tmp_path)
-
-
-def test_the_lock_is_free_when_its_owner_is_killed(owner: subprocess.Popen, tmp_path: Path) -> None:
-    owner.send_signal(signal.SIGKILL)
-    owner.wait()
-    lock_folder(tmp_path).close()
-    assert (tmp_path / ".lock").read_text() == str(os.getpid())
 
 
 def test_finish_frees_the_lock(runs: Path) -> None:

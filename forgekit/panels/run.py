@@ -3,7 +3,7 @@
 import functools
 import html
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -31,12 +31,8 @@ class RunPanel:
         from ..train.stop import StopSwitch
 
         self.run = run
-        self.progress = Progress()
-        trainer.add_callback(self.progress)
-        found = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, StopSwitch)]
-        self.switch = found[0] if found else StopSwitch(run)
-        if not found:
-            trainer.add_callback(self.switch)
+        self.progress = find_callback(trainer, Progress, Progress)
+        self.switch = find_callback(trainer, StopSwitch, lambda: StopSwitch(run))
         self.widgets: SimpleNamespace | None = None
         self.state = "Not started"
         self.running = False
@@ -150,6 +146,16 @@ class RunPanel:
             ("GPU memory, most, GiB" if now.on_gpu else "memory, GiB", f"{used}{of}" if used else ""),
             ("time left", write_seconds(eta)),
         ]
+
+
+def find_callback(trainer: Any, kind: type, make: Callable[[], Any]) -> Any:
+    """Return a trainer's callback of a kind; one of another library's making gets a new one."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, kind):
+            return callback
+    made = make()
+    trainer.add_callback(made)
+    return made
 
 
 def write_number(value: float | None, form: str) -> str:

@@ -1,37 +1,44 @@
 """A notebook from start to end without a browser: papermill executes it, the run's folder keeps what it printed."""
 
-import ast
-import asyncio
+import contextlib
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from datetime import datetime
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from ..config import PARAMETERS, load_config, read_settings
+from ..config import load_config, read_settings
 from ..environment import set_environment
-from ..errors import ConfigError, RunError
-from ..evaluate.gates import STOPPED, check_gates
-from ..paths import check_inside
 from ..recipe import find_recipes
-from ..run_folder import DONE, Run, check_name, check_unused, find_run_root, now, read_json, write_text
-from ..scrub import CleanFile, remove_tokens
-from ..tokens import refuse_tokens
+from ..run_folder import Run, check_name, write_text
+from ..scrub import remove_tokens
+from .outcome import Outcome
+from .parameters import find_here, find_parameters
+from .session import Session, begin, hand_over
+from .supervise import Supervisor
 
 
-def run_notebook(notebook: Path, recipe: str | None, settings: Mapping[str, Any], name: str | None = None) -> Run:
+def run_notebook(
+    notebook: Path,
+    recipe: str | None,
+    settings: Mapping[str, Any],
+    name: str | None = None,
+    timeout: float | None = None,
+    grace: float | None = None,
+) -> Run:
     """Execute a notebook in its own kernel and keep it, as notebook and as HTML, in the run's folder.
 
     Args:
         notebook: one with a cell tagged `parameters`.
         recipe: the recipe to use instead of the notebook's own.
         settings: dotted names on top of the recipe.
-        name: the run's name; None takes the time.
+        name: the run's name; None takes the notebook's own, else the time. A run of that name that did not complete goes
+            on, unless `train.resume` is never.
+        timeout: seconds after which the run is asked to stop.
+        grace: seconds from being asked to stop to having ended; None: the longer of 30 and two steps.
 
-    Returns the run, state "completed" or "failed"; "gates_failed" when a gate of evaluate.gates did not pass and
-    evaluate.gates_action is stop. What the cells print appears as it comes.
+    Returns the run; its record holds the state (completed, failed, stopped, crashed, gates_failed) and the exit code.
+    What the cells print appears as it comes.
 
     Raises:
         ConfigError, RunError: before the kernel starts, when a setting, the notebook or the name is wrong.
@@ -43,179 +50,80 @@ def run_notebook(notebook: Path, recipe: str | None, settings: Mapping[str, Any]
     settings = find_here(settings)
     own = load_config(recipe, parameters["settings"], origin="notebook")
     config = own.change(settings, "--set")
-    name = check_name(name or parameters["run_name"] or datetime.now().strftime("%Y%m%d-%H%M%S"))
-    path = check_inside(find_run_root(config.recipe), name)
-    check_unused(path)
-    together = read_settings(parameters["settings"]) | settings  # papermill replaces the notebook's own
-    given = {"recipe": config.recipes, "settings": together, "run_name": name}
-    run = Run(path, {"name": name, "state": "running", "pid": os.getpid(), "started_at": now()})
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        run.update(notebook=notebook.name)
-    except OSError as error:
-        raise RunError(
-            f"the run's folder {path} cannot be written: {error.strerror}. Set FORGEKIT_RUNS to a folder that can."
-        ) from None
-    print(f"Run {name}: {notebook.name}, recipe {config.recipes or 'none'}\n        {path}", flush=True)
-    print("Starting the kernel; the libraries take some seconds to import.", flush=True)
-    state: str = "failed"
-    failure: str | None = "the notebook could not be executed"
-    try:
-        with environment(FORGEKIT_RUN=name, FORGEKIT_RUNS=str(path.parent)):
-            state, failure = execute(notebook, path / "notebook.ipynb", given)
-    finally:
-        # the kernel has added settings, scores and exports to run.json in the meantime
-        run.record = read_json(path / "run.json")
-        if state == DONE:
-            state, failure = judge_run(run)
-        run.finish(state, failure)
-    if (path / "notebook.ipynb").exists():
-        write_html(path / "notebook.ipynb", path / "notebook.html")
+    name = name or parameters["run_name"]
+    name = check_name(name) if name else None
+    together = read_settings(parameters["settings"]) | settings
+    supervisor = Supervisor(grace, timeout)
+    with supervisor.catch_signals():
+        session = begin(config, name, notebook.name, supervisor, notebook.parent.absolute())
+        run = session.run
+        assert run is not None
+        try:
+            hand_over(session, {"recipe": config.recipes, "settings": together})
+            print(f"Run {run.path.name}: {notebook.name}, recipe {config.recipes or 'none'}\n        {run.path}", flush=True)
+            print("Starting the kernel; the libraries take some seconds to import.", flush=True)
+            execute(notebook, run.path / "notebook.ipynb", session)
+        finally:
+            if not session.finished:  # an error of the executor itself: the run must not look alive
+                session.finish(session.outcome)
+        if (run.path / "notebook.ipynb").exists():
+            write_html(run.path / "notebook.ipynb", run.path / "notebook.html")
     return run
 
 
-def judge_run(run: Run) -> tuple[str, str | None]:
-    """Judge the gates of a run that came to its end; return its state, and which gates failed if that stops it."""
-    gates = check_gates(run)
-    action = run.record.get("settings", {}).get("evaluate.gates_action", {}).get("value")
-    if gates.held or action != "stop":
-        return DONE, None
-    return STOPPED, f"gates that did not pass: {', '.join(gates.failed)}"
-
-
-# settings that may name a file or folder
-PATHS = ("data.path", "data.train", "data.validation", "data.test", "model.id", "adapter.path", "train.status_file")
-
-
-def find_here(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings with files and folders of the current folder made absolute: the kernel runs in the notebook's."""
-    found = read_settings(settings)
-    for name in PATHS:
-        value = found.get(name)
-        if isinstance(value, str) and value and Path(value).expanduser().exists():
-            found[name] = str(Path(value).expanduser().absolute())
-    general = found.get("evaluate.regression")
-    if isinstance(general, dict) and Path(str(general.get("path", ""))).expanduser().is_file():
-        found["evaluate.regression"] = general | {"path": str(Path(general["path"]).expanduser().absolute())}
-    return found
-
-
-def find_parameters(notebook: Path) -> dict[str, Any]:
-    """Return the notebook's own parameters. Raises ConfigError when it is missing, no notebook, or has none."""
-    import nbformat
-
-    if not notebook.is_file():
-        raise ConfigError(f"notebook {notebook} does not exist. `forgekit init DIR` copies the shipped ones.")
-    try:
-        cells = nbformat.read(notebook, as_version=4).cells
-        cell = next((cell for cell in cells if "parameters" in cell.metadata.get("tags", [])), None)
-    except (OSError, ValueError, nbformat.ValidationError) as error:
-        raise ConfigError(f"{notebook} is no notebook: {str(error).splitlines()[0][:120]}") from None
-    except (AttributeError, TypeError):  # JSON, but of something else
-        raise ConfigError(f"{notebook} is no notebook: its JSON does not hold a notebook's cells.") from None
-    if cell is None:
-        raise ConfigError(f"{notebook} has no cell with the tag `parameters`, so a recipe could not reach it.")
-    found = {}
-    for name, value in find_assignments(cell.source, notebook):
-        try:
-            found[name] = ast.literal_eval(value)
-        except ValueError:
-            raise ConfigError(
-                f"{notebook}: the parameter {name} is {ast.unparse(value)}; only plain values can be read, such as text and numbers."
-            ) from None
-    refuse_tokens(found, f"the parameters cell of {notebook.name}")
-    missing = [name for name in PARAMETERS if name not in found]
-    if missing:
-        raise ConfigError(f"{notebook}: the parameters cell lacks {', '.join(missing)}.")
-    return found
-
-
-def find_assignments(source: str, notebook: Path) -> Iterator[tuple[str, ast.expr]]:
-    """Yield each `name = value` and `name: type = value` of a cell. Raises ConfigError when it is no plain Python."""
-    try:
-        body = ast.parse(source).body
-    except SyntaxError as error:
-        raise ConfigError(
-            f"{notebook}: line {error.lineno} of the parameters cell is no plain Python: {error.msg}."
-        ) from None
-    for node in body:
-        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
-            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-            if isinstance(target, ast.Name):
-                yield target.id, node.value
-
-
-@contextmanager
-def environment(**values: str) -> Iterator[None]:
-    """Set environment variables, which a kernel inherits, and put them back."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> tuple[str, str | None]:
-    """Execute with papermill; return the state and, when it failed, the cell and the error in one line."""
+def execute(notebook: Path, output: Path, session: Session) -> Outcome:
+    """Execute with papermill and forgekit's engine; return how it ended, which the session has recorded by then."""
     import papermill
-    from nbclient.exceptions import DeadKernelError
+    from papermill.engines import papermill_engines
 
-    try:
+    from .engine import ForgekitEngine
+
+    papermill_engines.register("forgekit", ForgekitEngine)  # works without an installed entry point, too
+    with contextlib.suppress(papermill.PapermillExecutionError, SystemExit):  # the outcome says it better
         papermill.execute_notebook(
-            str(notebook),
-            str(output),
-            parameters=parameters,
+            keep_braces(notebook),
+            keep_braces(output),
+            engine_name="forgekit",
+            session=session,
             kernel_name="python3",
             language="python",  # a notebook that was never opened does not say
             progress_bar=False,
             log_output=False,
-            stdout_file=CleanFile(sys.stdout, remove_tokens),  # a cluster keeps what a job prints
-            stderr_file=CleanFile(sys.stderr, remove_tokens),
+            stdout_file=Echo(sys.stdout),
+            stderr_file=Echo(sys.stderr),
+            start_timeout=300,
             cwd=str(notebook.parent.absolute()),
-            config=encrypt_connection(),
-            kernel_manager_class=patient_manager(),
         )
-    except papermill.PapermillExecutionError as error:
-        return "failed", " ".join(f"cell {error.exec_count}: {error.ename}: {error.evalue}".split())
-    except DeadKernelError as error:
-        return "failed", f"the kernel died: {error} (out of memory is the usual cause; see logs/training.log)"
-    except KeyboardInterrupt:
-        return "stopped", "interrupted from the keyboard"
-    return DONE, None
+    return session.outcome
 
 
-def encrypt_connection() -> Any:
-    """Return traitlets' Config that lets the kernel encrypt its connection; without it the kernel warns that it does not.
-
-    An older jupyter_client knows neither the setting nor the warning.
-    """
-    from jupyter_client import KernelManager
-    from traitlets.config import Config as Traits
-
-    known = "transport_encryption" in KernelManager.class_trait_names()
-    return Traits({"KernelManager": {"transport_encryption": "auto"}} if known else {})
+def keep_braces(path: Path) -> str:
+    """Return a path as papermill takes it literally: it fills `{names}` in."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
-def patient_manager() -> type:
-    """Return a kernel manager that lets the kernel finish its last answer before it is interrupted and shut down.
+class Echo:
+    """A stream for what the cells print, which outlives its terminal: after a hang-up nobody reads, and the run goes on."""
 
-    The interrupt comes right behind that answer; a kernel that is still busy with it reports an error, after a run that
-    went well. Half a second is enough on a busy machine; between two answers a kernel ignores interrupts.
-    """
-    from jupyter_client.manager import AsyncKernelManager
+    def __init__(self, stream: TextIO):
+        self.stream = stream
 
-    class PatientManager(AsyncKernelManager):
-        async def _async_interrupt_kernel(self) -> None:
-            if self.shutting_down:
-                await asyncio.sleep(0.5)
-            await super()._async_interrupt_kernel()
+    def write(self, text: str) -> None:
+        """Write, or send this and all that follows nowhere."""
+        try:
+            self.stream.write(remove_tokens(text))  # a cluster keeps what a job prints
+            self.stream.flush()
+        except (OSError, ValueError):
+            silence(self.stream)
 
-    return PatientManager
+    def flush(self) -> None:
+        """Nothing waits: each write was flushed."""
+
+
+def silence(stream: TextIO) -> None:
+    """Point a stream's file at nothing, so that what it holds back does not fail again when the process ends."""
+    with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def write_html(notebook: Path, html: Path) -> None:

@@ -15,8 +15,9 @@ from ..scrub import remove_tokens
 
 def print_summary(run: Run, answers: int = 5) -> None:
     """Print the end of a run from its files."""
-    state, error = run.record["state"], run.record.get("error")
-    print(remove_tokens(f"\nRun {run.record['name']}: {state}" + (f": {error}" if error else "")))
+    state, error, by = run.record["state"], run.record.get("error"), run.record.get("stopped_by")
+    line = f"\nRun {run.record['name']}: {state}" + (f" by {by}" if by else "") + (f": {error}" if error else "")
+    print(remove_tokens(line))
     baseline, scores = run.path / "metrics" / "baseline.json", run.path / "metrics" / "scores.json"
     if baseline.exists() and scores.exists():
         print_scores(read_json(baseline), read_json(scores), answers)

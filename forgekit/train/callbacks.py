@@ -13,6 +13,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerState
 
 from ..errors import ModelError
+from ..link import tell
 from ..run_folder import Run, finite, now, write_json
 from ..scrub import scrub
 
@@ -38,10 +39,13 @@ class Clock:
 
 
 class RunLog(TrainerCallback):
-    """Writes logs/training.log (one plain line a logging step, printed too), logs/metrics.jsonl and training-stats.json."""
+    """Writes logs/training.log (one plain line a logging step, printed too), logs/metrics.jsonl and training-stats.json.
 
-    def __init__(self, run: Run):
-        self.run, self.clock = run, Clock()
+    `progress`, a Progress that is told before, counts the tokens. A supervisor hears when a step begins and ends.
+    """
+
+    def __init__(self, run: Run, progress: Any = None):
+        self.run, self.clock, self.progress = run, Clock(), progress
         self.folder = run.path / "logs"
         self.losses: list[tuple[int, float]] = []
         self.scores: list[tuple[int, float]] = []
@@ -58,10 +62,12 @@ class RunLog(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note the time."""
         self.step_started = time.monotonic()
+        tell(step=state.global_step + 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note how long the step took, all its accumulated batches together."""
         self.step_seconds.append(time.monotonic() - self.step_started)
+        tell(done=state.global_step, seconds=self.step_seconds[-1])
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Write one line for a step, or for a score on held-out rows. Raises ModelError when the loss is not finite."""
@@ -79,7 +85,7 @@ class RunLog(TrainerCallback):
             eta = self.clock.eta(state.global_step, state.max_steps)
             self.write(
                 f"step {state.global_step:>5}/{state.max_steps}  loss {loss:.4f}  lr {logs.get('learning_rate', math.nan):.2e}  "
-                f"gradient {float(logs.get('grad_norm', math.nan)):.3f}  {self.clock.seconds():.0f} s, {eta or 0:.0f} s left"
+                f"gradient {float(logs.get('grad_norm', math.nan)):.3f}  {self.speed()}{self.clock.seconds():.0f} s, {eta or 0:.0f} s left"
             )
             if not math.isfinite(loss):
                 # an error and not a quiet stop: the weights are lost, and nothing behind may score or export them
@@ -111,6 +117,11 @@ class RunLog(TrainerCallback):
         write_json(self.run.path / "metrics" / "training-stats.json", stats)
         self.run.update(training={name: value for name, value in stats.items() if not name.endswith("losses")})
         self.write(f"training ends after step {state.global_step}, {seconds:.1f} s", stamp=f"{now()} ")
+
+    def speed(self) -> str:
+        """Return the tokens a second since the last line, where they are counted."""
+        tokens = self.progress and self.progress.latest.tokens_per_second
+        return f"{tokens:.0f} tokens/s  " if tokens else ""
 
     def write(self, line: str, stamp: str = "") -> None:
         """Print a line and put it into logs/training.log, there with the time."""

@@ -51,11 +51,13 @@ def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config,
     from transformers import EarlyStoppingCallback
 
     from .callbacks import LiveCurve, RunLog, StatusFile  # they subclass transformers' own, so the engine comes first
+    from .progress import Progress
     from .stop import StopSwitch
 
-    log, status = RunLog(run), StatusFile(run, config.train.status_file)
+    progress = Progress()
+    log, status = RunLog(run, progress), StatusFile(run, config.train.status_file)
     switch = StopSwitch(run, log.write)
-    callbacks: list[Any] = [log, status, switch]
+    callbacks: list[Any] = [progress, log, status, switch]
     if in_notebook():
         callbacks.append(LiveCurve())
     if config.train.early_stopping:

@@ -13,6 +13,9 @@ from forgekit.__main__ import main
 from forgekit.evaluate.convergence import judge_losses
 from forgekit.run_folder import Run, read_json, start_run, write_json
 from forgekit.runs import headless
+from forgekit.runs.outcome import Outcome
+from forgekit.runs.parameters import find_here
+from forgekit.runs.session import Session
 
 from .rows import answer_right, make_scores, write_scores
 
@@ -234,7 +237,7 @@ def test_a_general_set_of_the_current_folder_is_found_from_the_kernels(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "general.jsonl").write_text("{}")
     for path, found in (("general.jsonl", str(tmp_path / "general.jsonl")), ("not/here.jsonl", "not/here.jsonl")):
-        settings = headless.find_here({"evaluate.regression": {"path": path, "drop": 0.02}})
+        settings = find_here({"evaluate.regression": {"path": path, "drop": 0.02}})
         assert settings == {"evaluate.regression": {"path": found, "drop": 0.02}}
 
 
@@ -250,16 +253,20 @@ def test_a_headless_run_stops_at_a_gate_that_failed(
     cell = nbformat.v4.new_code_cell('recipe = ""\nsettings = {}\nrun_name = ""', metadata={"tags": ["parameters"]})
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), "toy.ipynb")
 
-    def execute(notebook: Path, output: Path, given: dict[str, Any]) -> tuple[str, None]:
+    def execute(notebook: Path, output: Path, session: Session) -> Outcome:
         """What the cells of a notebook leave behind."""
+        assert session.parameters is not None
+        given = json.loads(session.parameters.read_text())
         started = start_run(load_config(None, given["settings"]), given["run_name"])
         write_all(started.path)
         if broken:
             (started.path / "metrics" / "baseline.json").unlink()
         started.finish()
-        return "completed", None
+        return session.finish(Outcome())
 
     monkeypatch.setattr(headless, "execute", execute)
+    monkeypatch.setenv("FORGEKIT_RUN", "toy")  # as in a kernel
+    monkeypatch.setenv("FORGEKIT_SUPERVISED", "{}")
     sets = ["evaluate.gates=[baseline-established, quantization-verified]", f"evaluate.gates_action={action}"]
     assert main(["run", "toy.ipynb", "--name", "toy", "--set", *sets]) == code
     record = json.loads((tmp_path / "runs" / "toy" / "run.json").read_text())

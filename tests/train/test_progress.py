@@ -20,7 +20,7 @@ def test_snapshots_follow_the_log_and_count_learned_tokens_alone(
     model, processor = load_model(config)
     data, run = load_data(config, processor), start_run(config, "run")
     trainer = sft_trainer(add_adapter(model, config), processor, data, config, run)
-    watch = Progress()
+    (watch,) = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Progress)]
     seen: list[Snapshot] = []
     tokens: list[int] = []
     step = trainer.training_step
@@ -34,7 +34,6 @@ def test_snapshots_follow_the_log_and_count_learned_tokens_alone(
         return step(model, inputs, *args)
 
     trainer.training_step = count
-    trainer.add_callback(watch)
     trainer.add_callback(Reader())
     seconds = itertools.count()  # each look at the clock is a second later
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))

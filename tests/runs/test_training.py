@@ -1,0 +1,96 @@
+"""A run that is stopped or left alone in the middle of training ends its step, saves, and says where it stands."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from forgekit.run_folder import read_json
+
+from .conftest import PARAMETERS, START, Ended, write_notebook
+
+LOAD = """
+processor = fk.load_processor(config)
+data = fk.load_data(config, processor)
+model, processor = fk.load_model(config)
+model = fk.add_adapter(model, config)
+trainer = fk.sft_trainer(model, processor, data, config, run)
+"""
+# the signal comes from the middle of step 3: its forward has been computed, its weights have not changed
+TRAIN = """
+import os, pathlib, signal
+step = trainer.training_step
+
+def signal_in_the_third(model, inputs, *rest):
+    loss = step(model, inputs, *rest)
+    if trainer.state.global_step == 2 and not pathlib.Path("sent").exists():
+        pathlib.Path("sent").write_text(str(os.getpid()))
+        os.kill(os.getppid(), signal.{name})
+    return loss
+
+trainer.training_step = signal_in_the_third
+trainer.train()
+"""
+
+
+@pytest.fixture
+def settings(tiny_folder: Path, orders_file: Path) -> dict:
+    """A run of 400 steps of the random checkpoint, which a test ends in the third."""
+    return {
+        "data.path": str(orders_file),
+        "model.id": str(tiny_folder),
+        "model.engine": "huggingface",
+        "model.device": "cpu",
+        "model.load_in": "16bit",
+        "model.max_length": 256,
+        "train.max_steps": 400,
+        "train.status_file": "elsewhere/status.json",
+    }
+
+
+def check_stopped(ended: Ended) -> None:
+    """The step in which the signal came is whole, and no later one was taken."""
+    record = ended.record
+    step = record["stopped_at_step"]
+    assert 3 <= step <= 10  # the third, or a later one on a machine where the kernel hears late
+    checkpoint = ended.folder / "checkpoints" / f"checkpoint-{step}"
+    assert read_json(checkpoint / "trainer_state.json")["global_step"] == step
+    assert (checkpoint / "adapter_model.safetensors").stat().st_size > 0
+    for status in (ended.status, read_json(Path("elsewhere/status.json"))):
+        assert (status["running"], status["step"], status["checkpoint_at"]) == (False, step, step)
+
+
+def test_sigterm_in_the_middle_of_a_step_ends_it_with_a_checkpoint(
+    execute: Callable[..., Ended], settings: dict
+) -> None:
+    ended = execute(START, LOAD, TRAIN.format(name="SIGTERM"), "print('never')", settings=settings)
+    record = ended.record
+    assert (record["state"], record["stopped_by"], record["exit_code"]) == ("stopped", "SIGTERM", 143)
+    check_stopped(ended)
+    assert ended.statuses() == ["completed", "completed", "completed", "pending"]
+    log = (ended.folder / "logs" / "training.log").read_text()
+    line = r"^step +1/400  loss \d+\.\d{4}  lr \d\.\d\de[+-]\d\d  gradient \d+\.\d{3}  \d+ tokens/s  \d+ s, \d+ s left$"
+    assert re.search(line, log, re.MULTILINE), log
+
+
+@pytest.mark.slow
+def test_a_training_whose_supervisor_is_killed_saves_too(settings: dict, project_folder: Path) -> None:
+    write_notebook(PARAMETERS, START, LOAD, TRAIN.format(name="SIGKILL"), "print('never')")
+    command = [sys.executable, "-m", "forgekit", "run", "toy.ipynb", "--name", "toy"]
+    sets = [f"{name}={value}" for name, value in settings.items()]
+    path = os.pathsep.join((str(project_folder), os.environ.get("PYTHONPATH", "")))
+    done = subprocess.run([*command, "--set", *sets], env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.DEVNULL)
+    assert done.returncode == -9
+    ended = Ended(Path("runs/toy").absolute(), 0)
+    deadline = time.monotonic() + 60
+    while ended.record["state"] == "running":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert ended.record["stopped_by"] == "the death of its supervisor"
+    check_stopped(ended)
+    assert ended.statuses() == ["completed", "completed", "failed", "pending"]
