@@ -195,6 +195,17 @@ class Train(Section):
     save_steps: int | None = setting(
         None, "steps between two checkpoints; empty: with each score when eval_steps is set", ge=1
     )
+    save_minutes: float | None = setting(
+        5.0, "save a checkpoint too when the last one is so many minutes old; empty: never by the clock", gt=0
+    )
+    resume: str = setting(
+        "auto",
+        "auto: go on from the newest whole checkpoint in the run's folder, if there is one; never: from the first step, older "
+        "checkpoints are kept aside; or a checkpoint's folder",
+    )
+    allow_drift: Annotated[tuple[Literal["dataset", "config", "base", "versions"], ...], Field(strict=False)] = setting(
+        (), "resume although these have changed since the checkpoint: dataset, config, base, versions"
+    )
     early_stopping: int | None = setting(
         None, "stop when so many scores in a row did not improve (needs eval_steps)", ge=1
     )
