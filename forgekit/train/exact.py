@@ -56,9 +56,11 @@ class ExactTraining:
 
     # ---- guards -----------------------------------------------------------------------------------------------------
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """Pass the fault point `forward`."""
-        found = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         return found if return_outputs else strike("forward", found)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:

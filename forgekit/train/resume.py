@@ -68,12 +68,12 @@ def choose_checkpoint(
 
     Raises RunError when none of several is whole, when the one that was named is not, and when it is of another training.
     """
-    wanted = config.train.resume if asked is None else {True: "auto", False: "never"}.get(asked, asked)  # type: ignore[call-overload]
+    wanted = config.train.resume if asked is None else asked
     folder = trainer.checkpoints.folder
-    if wanted == "never":
+    if wanted in ("never", False):
         keep_aside(folder, say)
         return None
-    checkpoint = find_newest(folder, say) if wanted == "auto" else find_named(str(wanted), folder)
+    checkpoint = find_newest(folder, say) if wanted in ("auto", True) else find_named(str(wanted), folder)
     if checkpoint:
         identity = read_manifest(checkpoint).get("identity", {})
         for sentence in check_drift(identity, trainer.checkpoints.identity, config.train.allow_drift, checkpoint.name):

@@ -73,7 +73,7 @@ def catch_interrupt(switch: StopSwitch) -> Iterator[None]:
     Signals reach the main thread alone, and one that is ignored (`nohup`) stays ignored.
     """
     main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in STOPPING} if main else {}
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in STOPPING} if main else {}
     caught = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
 
     def ask(number: int, frame: Any) -> None:
