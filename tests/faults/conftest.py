@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -48,7 +49,7 @@ class Warm:
 
     def read_losses(self, run: str) -> list[tuple[int, float]]:
         """Return step and loss of each line of metrics.jsonl, steps that were done twice included."""
-        lines = (self.path(run) / "logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = self.read_lines(run, "metrics.jsonl")
         return [(row["step"], row["loss"]) for row in map(json.loads, lines) if "loss" in row]
 
     def read_hashes(self, run: str, step: int = STEPS) -> dict[str, str]:
@@ -71,8 +72,13 @@ class Warm:
 
     def starts(self, run: str) -> list[int]:
         """Return the steps that the run's trainings started at."""
-        lines = (self.path(run) / "logs" / "training.log").read_text(encoding="utf-8").splitlines()
+        lines = self.read_lines(run, "training.log")
         return [int(line.split()[5]) for line in lines if "training starts at step" in line]
+
+    def read_lines(self, run: str, name: str) -> list[str]:
+        """Return the lines of a log, none when the training was killed before it began one."""
+        path = self.path(run) / "logs" / name
+        return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
     def remove(self, run: str) -> None:
         shutil.rmtree(self.path(run))
@@ -87,3 +93,27 @@ def warm(tmp_path_factory: pytest.TempPathFactory, project_folder: Path) -> Iter
     process = Warm(tmp_path_factory.mktemp("warm"), project_folder)
     yield process
     process.close()
+
+
+FAULTS = {"kill9": "`kill -9`", "term": "SIGTERM", "exception": "exception", "disk_full": "disk full"}
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print the README's table: how many trainings were broken in which way, and how many of them resumed bit for bit."""
+    counts: dict[str, list[int]] = {}
+    said = []
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            found = re.search(r"test_every_step_and_every_fault\[\d+-\w+-(\w+)\]", report.nodeid)
+            if found and report.when == "call":
+                counts.setdefault(found.group(1), [0, 0])[outcome == "failed"] += 1
+            said += [text for name, text in report.user_properties if name == "kills" and report.when == "call"]
+    if not counts and not said:
+        return
+    terminalreporter.section("trainings that were broken on purpose")
+    terminalreporter.write_line("| broken by | trainings | resumed bit for bit |")
+    terminalreporter.write_line("|---|---|---|")
+    for fault, (passed, failed) in sorted(counts.items()):
+        terminalreporter.write_line(f"| {FAULTS[fault]} at a chosen step | {passed + failed} | {passed} |")
+    for line in said:
+        terminalreporter.write_line(line)

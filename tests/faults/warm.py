@@ -2,7 +2,7 @@
 
 A job is a JSON object: folder (of the checkpoint, the rows and the runs), run, settings, environment, and what is to go wrong
 beside FORGEKIT_FAULT: full_disk_at (a step at which files can no longer grow), kill_after (seconds), mutant (a defence that is
-taken out). Started with one thread, because a forked process may not use a parent's thread pool.
+taken out). `kill_after` is counted from the beginning of the training. Started with one thread, because a forked process may not use a parent's thread pool.
 """
 
 import json
@@ -42,8 +42,8 @@ def make_checkpoint(folder: Path) -> None:
     (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
-def train(job: dict[str, Any]) -> None:
-    """Train one run of the job's folder, or what is left of it."""
+def train(job: dict[str, Any], began: int | None = None) -> None:
+    """Train one run of the job's folder, or what is left of it; write a byte to `began` when the first step comes."""
     import random
 
     from forgekit import add_adapter, load_config, load_data, load_model, sft_trainer, start_run
@@ -69,6 +69,8 @@ def train(job: dict[str, Any]) -> None:
     trainer = sft_trainer(add_adapter(model, config), processor, data, config, run)
     if job.get("full_disk_at"):
         fill_disk(trainer, job["full_disk_at"])
+    if began is not None:
+        tell_begin(trainer, began)
     if job.get("mutant"):
         MUTANTS[job["mutant"]](trainer)
     trainer.train()
@@ -85,6 +87,17 @@ def fill_disk(trainer: Any, step: int) -> None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (FULL_DISK, resource.RLIM_INFINITY))
 
     trainer.add_callback(Filler())
+
+
+def tell_begin(trainer: Any, pipe: int) -> None:
+    """Write a byte when training begins."""
+    from transformers import TrainerCallback
+
+    class Teller(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            os.write(pipe, b"!")
+
+    trainer.add_callback(Teller())
 
 
 def restart_schedule(trainer: Any) -> None:
@@ -139,6 +152,7 @@ MUTANTS = {
 
 def run_job(job: dict[str, Any]) -> int:
     """Fork, train in the child, and return its exit status: minus the signal that ended it, or its code."""
+    wait, began = os.pipe()
     child = os.fork()
     if child == 0:
         log = os.open(Path(job["folder"]) / f"{job['run']}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -146,17 +160,19 @@ def run_job(job: dict[str, Any]) -> int:
         os.dup2(log, 2)
         code = 1
         try:
-            train(job)
+            train(job, began)
             code = 0
         except BaseException:  # noqa: BLE001  # the child must not return into the parent's loop
             traceback.print_exc()
         finally:
             sys.stdout.flush()
             os._exit(code)
-    if "kill_after" in job:
+    os.close(began)
+    if "kill_after" in job and os.read(wait, 1):
         time.sleep(job["kill_after"])
         os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
+    os.close(wait)
     return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
 
