@@ -53,6 +53,7 @@ def make_config(setting: str) -> Config:
             "train.gradient_accumulation_steps": 1,
             "train.gradient_checkpointing": checkpointing,
             "train.max_steps": STEPS,
+            "train.fast": "off",
         },
     )
 

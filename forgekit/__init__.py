@@ -57,6 +57,7 @@ if TYPE_CHECKING:  # the table of contents, in order of flow
     from .export.model import export_model as export_model
     from .export.verify import verify_export as verify_export
     from .export.adapter import load_export as load_export
+    from .export.llama import ask_gguf as ask_gguf
 
     # panels
     from .panels.run import RunPanel as RunPanel
@@ -115,6 +116,7 @@ CONTENTS = {
     "export_model": "export.model",
     "verify_export": "export.verify",
     "load_export": "export.adapter",
+    "ask_gguf": "export.llama",
     # panels
     "RunPanel": "panels.run",
     "ComparePanel": "panels.compare",

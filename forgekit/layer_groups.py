@@ -11,6 +11,7 @@ Every module belongs to one group at most. A set (SETS) is a name for several gr
 
 import functools
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,12 +201,17 @@ def resolve_layers(choice: str, layer_types: list[str], shared: int) -> tuple[in
     return tuple(sorted(chosen))
 
 
+def find_runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """Return runs of numbers that follow each other, first and last of each: {0, 1, 2, 20} -> [(0, 2), (20, 20)]."""
+    runs: list[tuple[int, int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1] = (runs[-1][0], number)
+        else:
+            runs.append((number, number))
+    return runs
+
+
 def write_ranges(layers: tuple[int, ...]) -> str:
     """Return numbers as ranges: (0, 1, 2, 20) -> "0-2,20"."""
-    terms: list[list[int]] = []
-    for layer in sorted(layers):
-        if terms and layer == terms[-1][1] + 1:
-            terms[-1][1] = layer
-        else:
-            terms.append([layer, layer])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in terms)
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in find_runs(layers))

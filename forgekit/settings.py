@@ -16,6 +16,7 @@ Switch = Annotated[  # YAML 1.1 and Python say true and false where a recipe say
     Literal["auto", "on", "off"], BeforeValidator(lambda value: {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value)
 ]  # fmt: skip
 Memory = Literal["low", "auto", "high"] | Annotated[float, Field(gt=0)]
+Format = Literal["adapter", "merged", "gguf:f16", "gguf:bf16", "gguf:q8_0", "gguf:q4_k_m", "ollama"]
 Names = Annotated[tuple[str, ...], Field(strict=False)]  # a list in YAML, unchangeable here
 
 
@@ -122,7 +123,7 @@ class Model(Section):
     slice: Annotated[dict[str, Any], BeforeValidator(check_slice)] = setting({}, SLICE_HELP)
     offload_ple: Switch = setting(
         "auto",
-        "keep the per-layer embedding table (4.0 GB in E2B, 4.7 GB in E4B) in the machine's memory; auto: when train.memory is low",
+        "keep the per-layer embedding table (4.0 GB in E2B, 4.7 GB in E4B) in the machine's memory; on: from loading on (Unsloth: while it trains); auto: while it trains with train.memory low",
     )
     max_length: int = setting(
         2048,
@@ -224,6 +225,10 @@ class Train(Section):
         "auto",
         "what the fast path keeps for its backward: low (nothing: least memory), high (all: fastest), auto (what fits), or so many GiB in use",
     )
+    cache_towers: Switch = setting(
+        "auto",
+        "keep what frozen towers make of pictures and sound for the next epochs; auto: on a CPU, when rows come again",
+    )
     guard: Literal["stop", "warn"] = setting(
         "stop", "what a failed check of the training stack does before the first step"
     )
@@ -266,8 +271,10 @@ class Evaluate(Section):
 class Export(Section):
     """What is written at the end."""
 
-    formats: Annotated[tuple[Literal["adapter", "merged"], ...], Field(strict=False)] = setting(
-        ("adapter",), "adapter: the added matrices alone; merged: a whole model in 16 bit"
+    formats: Annotated[tuple[Format, ...], Field(strict=False)] = setting(
+        ("adapter",),
+        "adapter: the added matrices alone; merged: a whole model in 16 bit; gguf:q8_0 (or f16, bf16, q4_k_m): one file of the text model "
+        "for llama.cpp; ollama: a Modelfile for it",
     )
     replace: bool = setting(False, "replace an export that stands in the run's folder, once the new one is verified")
     push: str | None = setting(

@@ -349,7 +349,10 @@ def test_settings_of_the_wrong_shape_are_refused(settings: Any, message: str) ->
         ({"adapter.use_dora": 1}, "it should be true or false."),
         ({"model.revision": 1234567}, "it should be text (in quotes when it looks like a number)."),
         ({"adapter.layers": "mlp"}, "it should be a list, for instance [a, b]."),
-        ({"export.formats": ["gguf"]}, "it should be 'adapter' or 'merged'."),
+        (
+            {"export.formats": ["gguf"]},
+            "it should be 'adapter', 'merged', 'gguf:f16', 'gguf:bf16', 'gguf:q8_0', 'gguf:q4_k_m' or 'ollama'.",
+        ),
         ({"model.load_in": 4}, "it should be '4bit', '8bit', '16bit' or 'full'."),
         ({"model.dtype": "bf16"}, "it should be 'auto', 'bfloat16', 'float16' or 'float32'."),
         ({"train.learning_rate": float("nan")}, "it should be a finite number."),

@@ -62,6 +62,7 @@ MAY_BE_HEAVY = (
     "table.py",
     "model/tiny*.py",
     "model/timm_args.py",
+    "model/table.py",
     *(
         f"train/{name}.py"
         for name in (
@@ -75,6 +76,7 @@ MAY_BE_HEAVY = (
             "recompute",
             "trial",
             "park",
+            "tower_cache",
         )
     ),
 )

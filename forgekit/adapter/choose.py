@@ -2,15 +2,13 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from ..config import Config
 from ..errors import ConfigError
 from ..layer_groups import (
     GROUPS,
-    SETS,
     expand_groups,
     find_group,
     find_layer,
@@ -21,8 +19,8 @@ from ..layer_groups import (
     write_ranges,
 )
 from ..model.shapes import Module, Shapes
-
-ADAPTABLE = ("linear", "conv", "embedding")
+from .names import ends_with, pick
+from .refuse import explain_empty, find_idle_patterns, find_unfit
 
 
 @dataclass(frozen=True)
@@ -176,55 +174,6 @@ def write_targets(config: Config, shapes: Shapes) -> str | list[str]:
     return [module.name for module in match_targets(config, shapes, layers)[0]]
 
 
-def ends_with(name: str, end: str) -> bool:
-    """Say whether a module is called `end`, behind any prefix, as PEFT reads a list of names."""
-    return name == end or name.endswith(f".{end}")
-
-
-def explain_empty(choice: str, test: Callable[[Module], Any], shapes: Shapes, layers: tuple[int, ...] | None) -> str:
-    """Return the sentence for a choice that matches no module: shared keys and values have a reason of their own."""
-    shared = find_layers_by_kind(list(shapes.layer_types), shapes.shared_layers)
-    prefix = next((m.name.split("layers.")[0] for m in shapes.modules if find_layer(m.name) is not None), "")
-    asked = [
-        layer
-        for layer in shared["kv_shared"]
-        if layers is None or layer in layers
-        for projection in ("k_proj", "v_proj")
-        if test(Module(f"{prefix}layers.{layer}.self_attn.{projection}", "Linear", "linear", (), 1, ()))
-    ]
-    if asked:
-        return (
-            f"{choice} asks for keys or values of layers {write_ranges(tuple(set(asked)))}, which have none: they use those of "
-            f"layers {write_ranges(shared['kv_source'])}. Choose these instead."
-        )
-    where = f" in layers {write_ranges(layers)}" if layers is not None else ""
-    return f"{choice} matches no module of {shapes.type}{where}, so it would learn nothing. Leave it out."
-
-
-def find_unfit(matched: Iterable[Module], shapes: Shapes) -> list[str]:
-    """Return a sentence for matched modules that no adapter can go beside."""
-    grouped = [module for module in matched if module.kind == "conv" and module.groups > 1]
-    other = [module for module in matched if module.kind not in ADAPTABLE]
-    tied = [module for module in matched if shapes.tied and module.name.endswith(("embed_tokens", "lm_head"))]
-    problems = []
-    if tied:
-        problems.append(
-            f"adapter.target_modules matches {tied[0].name}, which is the vocabulary's table and the output head in one: an adapter "
-            "beside it cannot be merged. Leave it out, and name embed_tokens in adapter.modules_to_save."
-        )
-    if grouped:
-        problems.append(
-            f"adapter.target_modules matches {len(grouped)} grouped convolutions, for instance {grouped[0].name} ({grouped[0].groups} "
-            "groups): an adapter of theirs needs a rank that the groups divide and cannot be merged. Leave them out."
-        )
-    if other:
-        problems.append(
-            f"adapter.target_modules matches {len(other)} modules that are no Linear, convolution or Embedding, for instance "
-            f"{other[0].name} ({other[0].type}): LoRA has nothing to go beside. Leave them out, or name them in adapter.modules_to_save."
-        )
-    return problems
-
-
 def match_saved(config: Config, shapes: Shapes, full_bytes: int) -> tuple[list[PlannedModule], list[str]]:
     """Return the modules below `modules_to_save`, and a sentence for each name that matches none.
 
@@ -259,33 +208,6 @@ def choose_biases(config: Config, shapes: Shapes, adapted: set[str], full_bytes:
             f"adapter.bias: {config.adapter.bias} finds no bias in {shapes.type}, so it would change nothing. Set it to none."
         )
     return chosen
-
-
-def find_idle_patterns(config: Config, matched: list[Module]) -> list[str]:
-    """Return a sentence for each key of rank_pattern and alpha_pattern that meets no module that learns."""
-    return [
-        f"adapter.{name}: {key!r} meets no module that learns, so it would change nothing. Leave it out, or choose its group."
-        for name in ("rank_pattern", "alpha_pattern")
-        for key in getattr(config.adapter, name)
-        if not any(meets(key, module.name) for module in matched)
-    ]
-
-
-def write_pattern(key: str) -> str:
-    """Return a key of rank_pattern as PEFT reads it: a group's expression, or the user's own."""
-    if key in GROUPS or key in SETS:
-        return "|".join(GROUPS[group].pattern for group in SETS.get(key, (key,)))
-    return key
-
-
-def meets(key: str, module: str) -> bool:
-    """Say whether a key of rank_pattern is about a module, by PEFT's rule (peft.utils.other.get_pattern_key)."""
-    return re.match(rf"(.*\.)?({write_pattern(key)})$", module) is not None
-
-
-def pick(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """Return the value of the first key that is about a module."""
-    return next((value for key, value in patterns.items() if meets(key, module)), default)
 
 
 def plan_lora(config: Config, module: Module) -> PlannedModule:

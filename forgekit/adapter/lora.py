@@ -15,7 +15,8 @@ from ..model.bases import is_base_of
 from ..model.load import choose_unsloth_checkpointing, start_engine
 from ..model.shapes import count_weights, read_shapes
 from ..run_folder import Run, write_text
-from .choose import list_saved, write_pattern, write_targets
+from .choose import list_saved, write_targets
+from .names import write_pattern
 from .plan import check_described, check_learner, name_module, plan_layers
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@
     working     the layer at work in the backward pass, or the loss: whichever is larger
     reserve     what CUDA and the libraries' kernels take beside the tensors
 
-`benchmarks/memory.py` compares predicted and measured peaks: within 2 % in 20 settings on an H200 with the huggingface engine, with
+With forgekit's fast path `kept` and `working` come from fast_memory.py. `benchmarks/memory.py` compares predicted and measured peaks: within 2 % in 20 settings on an H200 with the huggingface engine, with
 E2B and E4B, 4 and 16 bit, batch 1 to 8, length 256 to 4096, checkpointing on and off, LoRA r = 16 on text, and rows with padding.
 """
 
@@ -20,6 +20,7 @@ from ..layer_groups import find_tower
 from ..model.load import KEEP_16BIT
 from ..model.shapes import Module, Shapes
 from .activations import Step, count_kept, count_loss, count_towers, count_working, read_sizes
+from .fast_memory import choose_fast_step, count_fast, count_table, find_parked
 from .plan import LayerPlan, find_shapes
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ def estimate_memory(
     clips: int = 0,
     engine: str | None = None,
     absent: tuple[str, ...] = (),
+    learned: float = 1.0,
 ) -> MemoryEstimate:
     """Estimate the peak of a training step on a GPU with batches of rows as long as `model.max_length`.
 
@@ -125,6 +127,7 @@ def estimate_memory(
         images, clips: in a row.
         engine: "unsloth" or "huggingface"; default: `model.engine`, where auto means unsloth as on a GPU.
         absent: parts of names of modules whose weights are not on the GPU, for instance "vision_tower".
+        learned: share of the tokens that are learned, for the fast path, which computes no others in its upper layers.
     """
     shapes = find_shapes(config, model)
     engine = engine or ("huggingface" if config.model.engine == "huggingface" else "unsloth")
@@ -140,9 +143,16 @@ def estimate_memory(
     state = STATES.get(choose_gpu_optimizer(config), STATES["adamw_torch"])
     optimizer = state * (lora * own / 4 + full * unit / 4) if state > 2.5 else state * (lora + full)
     step = make_step(config, shapes, engine, own)
-    fitted = FITTED[engine]
-    kept = count_kept(plan, shapes, step) * fitted
-    working = max(count_working(plan, shapes, step), count_loss(plan, shapes, step)) * fitted + WORKSPACE
+    fast = choose_fast_step(config, engine)
+    if fast:
+        kept, working = count_fast(shapes, step, fast, learned)
+        loading = sum(weights) - (count_table(shapes) * unit if config.model.offload_ple == "on" else 0)
+        weights = count_base(config, shapes, unit, (*absent, *find_parked(config, fast, images, clips)))
+    else:
+        fitted, loading = FITTED[engine], 0.0
+        kept = count_kept(plan, shapes, step) * fitted
+        working = max(count_working(plan, shapes, step), count_loss(plan, shapes, step)) * fitted
+    working += WORKSPACE
     if quantised:  # the matrix at work is unpacked
         working += unit * read_sizes(shapes).hidden * max(read_sizes(shapes).feed_forward)
     towers = count_towers(plan, step.rows * images, step.rows * clips, unit)
@@ -154,10 +164,12 @@ def estimate_memory(
         ("load_in", config.model.load_in),
         ("batch", step.rows),
         ("length", step.length),
-        ("checkpointing", "on" if step.checkpointing else "off"),
+        ("fast path", fast.memory if fast else "off"),
+        *(() if fast else (("checkpointing", "on" if step.checkpointing else "off"),)),
         ("optim", choose_gpu_optimizer(config)),
     )
-    reserve = CONTEXT + FRAGMENTS * (peak - sum(weights))
+    # what waits in the machine's memory while it trains is on the GPU before and after
+    reserve = max(CONTEXT + FRAGMENTS * (peak - sum(weights)), CONTEXT + loading - peak)
     return MemoryEstimate(
         *weights, lora * own + copies, gradients, optimizer, kept, working, towers, reserve, settings=settings
     )

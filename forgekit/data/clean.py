@@ -6,13 +6,12 @@ import tempfile
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
 from ..errors import DataError
-from ..run_folder import current_umask
+from ..run_folder import open_whole
 
 IN_MEMORY = 1 << 20  # bytes of rows set aside before they go to a temporary file: a whole file may be bad
 
@@ -28,23 +27,6 @@ class BadRow(Exception):
 def make_printable(text: str) -> str:
     """Return the text with half characters (lone surrogates) written as escapes: no file or terminal takes them."""
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-@contextmanager
-def write_lines(path: Path) -> Iterator[IO[str]]:
-    """Open a file to be written line by line; it takes its name only when all was written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~current_umask())  # mkstemp makes files that only the owner reads
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def open_spool() -> IO[str]:
@@ -101,5 +83,5 @@ class Quarantine:
 
     def write(self, path: Path) -> None:
         """Write the rows set aside as JSON lines."""
-        with write_lines(path) as file:
+        with open_whole(path) as file:
             file.writelines(self.read_lines())

@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..run_folder import open_whole
 from .check import MediaOptions
-from .clean import write_lines
 from .formats import ToExample
 from .messages import Messages, check_example, find_media
 from .parts import fingerprint_turn, load_parts
@@ -30,7 +30,7 @@ def save_splits(
     """Write each split's rows as JSON lines."""
     for name, (key, numbers) in parts.items():
         good = kept[key]
-        with write_lines(folder / f"{name}.jsonl") as file:
+        with open_whole(folder / f"{name}.jsonl") as file:
             for start in range(0, len(numbers), BATCH):
                 chosen = numbers[start : start + BATCH].tolist()
                 rows = good.decode(good.table[chosen])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.collate import IGNORE, Collator, tokenize_rows
 from ..data.messages import Messages, make_message
 from ..evaluate.generate import inference
-from ..evaluate.scores import autocast
+from ..evaluate.loss import autocast
 
 if TYPE_CHECKING:
     import torch

@@ -1,11 +1,15 @@
 """The formats of `export.formats`: where each is placed below the run's folder, what writes it, what verifies it."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from .adapter import export_adapter
+from .gguf import export_gguf
+from .gguf_verify import verify_gguf
 from .merged import export_merged
+from .ollama import export_ollama, verify_ollama
 from .verdict import Verdict
 from .verify_adapter import verify_adapter
 from .verify_merged import verify_merged
@@ -27,6 +31,13 @@ class Format(NamedTuple):
 FORMATS = {
     "adapter": Format("models/lora", export_adapter, verify_adapter),
     "merged": Format("models/merged", export_merged, verify_merged),
+    **{
+        f"gguf:{kind.lower()}": Format(
+            f"models/quantized/model-{kind}.gguf", partial(export_gguf, kind), partial(verify_gguf, kind)
+        )
+        for kind in ("F16", "BF16", "Q8_0", "Q4_K_M")
+    },
+    "ollama": Format("models/ollama", export_ollama, verify_ollama),
 }
 
 

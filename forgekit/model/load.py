@@ -20,6 +20,7 @@ from .timm_args import restore_model_args
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+TABLE_NAME = "model.language_model.embed_tokens_per_layer"
 BUILT_IN = {"tiny": Path(__file__).parent / "tiny"}  # ids that stand for a packaged folder
 # Modules that stay in 16 bit under 4-bit and 8-bit loading: AltUp clamps its weights in place, which packed ones cannot take;
 # the towers are small beside the language model and lose most. Patterns, because transformers compares each with the start
@@ -242,20 +243,36 @@ def load_transformers(config: Config, name: str, dtype: Any) -> "PreTrainedModel
         },
         "8bit": {"load_in_8bit": True},
     }.get(config.model.load_in)
-    if quantisation:
-        quantisation = transformers.BitsAndBytesConfig(**quantisation, llm_int8_skip_modules=KEEP_16BIT)
     device = choose_device(config)
+    places: dict[str, Any] | None = {"": 0} if device == "cuda" else None
+    lent = bool(places) and keeps_table_back(config, settings)
+    if places and lent:
+        places[TABLE_NAME] = "cpu"
+    if quantisation:  # the last word lets a module that is not packed stay on the CPU
+        quantisation = transformers.BitsAndBytesConfig(
+            **quantisation, llm_int8_skip_modules=KEEP_16BIT, llm_int8_enable_fp32_cpu_offload=lent
+        )
     model, report = kind.from_pretrained(
         name,
         revision=config.model.revision,
         dtype=dtype,
         quantization_config=quantisation,
-        device_map={"": 0} if device == "cuda" else None,
+        device_map=places,
         ignore_mismatched_sizes=True,  # reported below, with the missing ones
         output_loading_info=True,
     )
     check_complete(config, report)
+    if lent:
+        from .table import settle_table
+
+        settle_table(model)
     return model
+
+
+def keeps_table_back(config: Config, settings: Any) -> bool:
+    """Say whether the per-layer table, which Gemma 3n alone has, is asked to stay in the machine's memory; one that learns cannot."""
+    asked = config.model.offload_ple == "on" and config.model.load_in != "full"
+    return asked and bool(getattr(settings.get_text_config(), "vocab_size_per_layer_input", None))
 
 
 def check_complete(config: Config, report: dict[str, Any]) -> None:

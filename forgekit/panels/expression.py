@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterable
 
-from ..layer_groups import LANGUAGE_PREFIX, find_layer, find_tower
+from ..layer_groups import LANGUAGE_PREFIX, find_layer, find_runs, find_tower
 
 ANY_PREFIX = r"(?:.*\.)?"
 
@@ -102,10 +102,4 @@ def write_digits(digits: set[int]) -> str:
         return str(*digits)
     if len(digits) == 10:
         return r"\d"
-    ranges: list[list[int]] = []
-    for digit in sorted(digits):
-        if ranges and digit == ranges[-1][1] + 1:
-            ranges[-1][1] = digit
-        else:
-            ranges.append([digit, digit])
-    return "[" + "".join(f"{a}" if a == b else f"{a}{'-' * (b - a > 1)}{b}" for a, b in ranges) + "]"
+    return "[" + "".join(f"{a}" if a == b else f"{a}{'-' * (b - a > 1)}{b}" for a, b in find_runs(digits)) + "]"

@@ -5,16 +5,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..adapter.choose import (
-    ADAPTABLE,
-    choose_layers,
-    list_saved,
-    match_saved,
-    match_targets,
-    pick,
-    plan_full,
-    plan_lora,
-)
+from ..adapter.choose import choose_layers, list_saved, match_saved, match_targets, plan_full, plan_lora
+from ..adapter.names import pick
+from ..adapter.refuse import ADAPTABLE
 from ..config import Config
 from ..layer_groups import GROUPS, SETS, find_group, find_layer, find_layers_by_kind, resolve_layers
 from ..model.shapes import Module, Shapes

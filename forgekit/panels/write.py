@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from ..adapter.choose import meets
+from ..adapter.names import meets
 from ..config import Config, flatten, nest
 from ..layer_groups import GROUPS, SETS, find_group, find_layer, write_ranges
 from ..model.shapes import Shapes

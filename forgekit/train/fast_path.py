@@ -93,15 +93,19 @@ class FastPath:
         )
 
 
+@functools.cache
+def make_twin(function: Any) -> Any:
+    """Return a copy of a function with code of its own, always the same one: the compiler keeps its results by a function's code."""
+    code = function.__code__.replace(co_name=f"{function.__name__}_again")
+    return types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__)
+
+
 def compile_again(function: Any) -> Any:
     """Compile a function so that it keeps its arguments alone and its backward begins with its forward.
 
-    The compiler keeps its results by a function's code, so this needs code of its own; and it reads how much to keep from a
-    setting of the process, each time that it compiles.
+    The compiler reads how much to keep from a setting of the process, each time that it compiles.
     """
-    code = function.__code__.replace(co_name=f"{function.__name__}_again")
-    twin = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__)
-    compiled = torch.compile(twin, options=COMPILER)
+    compiled = torch.compile(make_twin(function), options=COMPILER)
 
     @functools.wraps(function)
     def run(*arguments: Any) -> Any:

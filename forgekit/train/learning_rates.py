@@ -4,7 +4,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from ..adapter.choose import meets
+from ..adapter.names import meets
 from ..adapter.plan import name_module
 from ..errors import ConfigError
 

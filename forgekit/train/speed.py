@@ -11,9 +11,9 @@ from ..errors import ModelError
 from ..hardware import choose_device
 from ..run_folder import Run
 
-# Compiling costs about 45 s, and a compiled forward and backward of E2B is about 0.3 s faster than an eager one (an H200, 1,024
-# tokens), most of it launches: after so many batches the one has paid for the other.
-BATCHES_TO_COMPILE = 150
+# Compiling took 66 s in a fresh process, and a compiled forward and backward of E2B was 0.2 s faster than an eager one (an H200,
+# 4 x 1024 tokens, benchmarks/README.md), most of it launches: after so many batches the one has paid for the other.
+BATCHES_TO_COMPILE = 300
 LOOKED_AT = 64  # rows that say which towers are used; reading all of them would decode every file
 
 

@@ -11,37 +11,27 @@ from forgekit.adapter.lora import add_peft_adapter
 from forgekit.data.collate import Collator
 from forgekit.data.messages import check_example
 from forgekit.errors import ConfigError, ModelError
+from forgekit.model.shapes import make_released_config
+from tests.adapter.known import KNOWN, TOTALS
 
 
 def make_meta_model(name: str) -> Any:
     """Return E4B or E2B at full size without memory: parameters on the meta device have shapes and no values."""
     import torch
-    from transformers import Gemma3nConfig, Gemma3nForConditionalGeneration
+    from transformers import Gemma3nForConditionalGeneration
 
-    small = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 30, "num_kv_shared_layers": 10}
-    config = Gemma3nConfig() if name == "E4B" else Gemma3nConfig(text_config=small)
     with torch.device("meta"):
-        return Gemma3nForConditionalGeneration(config)
+        return Gemma3nForConditionalGeneration(make_released_config(name))
 
 
-@pytest.mark.parametrize(
-    ("name", "layers", "modules", "trainable"),
-    [
-        ("E4B", ["attention", "mlp"], 215, 18_595_840),
-        ("E4B", ["attention"], 110, 3_112_960),
-        ("E4B", ["attention", "mlp", "audio"], 349, 23_805_952),
-        ("E4B", ["audio"], 134, 5_210_112),
-        ("E4B", ["vision"], 1, 32_768),
-        ("E2B", ["attention", "mlp"], 190, 10_158_080),
-    ],
-)
+@pytest.mark.parametrize(("name", "layers", "modules", "trainable"), KNOWN)
 def test_large_models_learn_the_known_modules_and_counts(
     make_config: Any, name: str, layers: list[str], modules: int, trainable: int
 ) -> None:
     import torch
 
     model = make_meta_model(name)
-    total = {"E4B": 7_818_517_072, "E2B": 5_418_464_192}[name]
+    total = TOTALS[name]
     assert sum(count["total"] for count in count_trainable(model).values()) == total
     with torch.device("meta"):
         learner = add_peft_adapter(model, make_config({"adapter.r": 8, "adapter.layers": layers}))

@@ -32,7 +32,7 @@ def released() -> dict[str, Shapes]:
 def make(engine: str = "huggingface", load_in: str = "16bit", rows: int = 1, length: int = 1024, **more: Any) -> Any:
     shape = {"train.per_device_train_batch_size": rows, "model.max_length": length}
     others = {name.replace("__", "."): value for name, value in more.items()}
-    return load_config(None, {"model.engine": engine, "model.load_in": load_in, **shape, **others})
+    return load_config(None, {"model.engine": engine, "model.load_in": load_in, "train.fast": "off", **shape, **others})
 
 
 def estimate(shapes: Shapes, *args: Any, **settings: Any) -> Any:
@@ -196,13 +196,13 @@ def test_recipes_for_a_gpu_fit_it(released: dict[str, Shapes], recipe: str, size
     assert describe_fit(config, CARDS[card] * GIB, shapes).endswith(": fits")
 
 
-def test_eight_gigabytes_need_the_table_and_the_towers_elsewhere(released: dict[str, Shapes]) -> None:
+def test_eight_gigabytes_are_enough_for_e2b(released: dict[str, Shapes]) -> None:
+    """With the table on the GPU they are not: the weights alone take 7.6 GiB."""
     config = load_config(f"{PARAMS / 'text.yaml'} + {PARAMS / 'gpu' / '8gb.yaml'}")
-    shapes, plan = released["E2B"], plan_layers(config, released["E2B"])
     memory = 7.6 * GIB
-    assert "too much" in describe_fit(config, memory, shapes)
-    assert estimate_memory(plan, config, shapes, absent=("vision_tower", "audio_tower")).total < memory
-    assert estimate_memory(plan, config, shapes, absent=("embed_tokens_per_layer",)).total < memory
+    assert describe_fit(config, memory, released["E2B"]).endswith(": fits")
+    with_table = config.change({"model.offload_ple": "auto"}, "trial")
+    assert "too much" in describe_fit(with_table, memory, released["E2B"])
 
 
 def test_what_to_change_is_ranked_by_the_saving_that_it_has(released: dict[str, Shapes]) -> None:

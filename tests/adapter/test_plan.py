@@ -20,6 +20,7 @@ from forgekit.adapter.plan import (
 )
 from forgekit.errors import ConfigError, ModelError
 from forgekit.model.shapes import build_shapes, make_released_config
+from tests.adapter.known import KNOWN, TOTALS
 
 
 def plan_released(make_config: Any, size: str, **adapter: Any) -> LayerPlan:
@@ -30,22 +31,14 @@ def plan_released(make_config: Any, size: str, **adapter: Any) -> LayerPlan:
 
 @pytest.mark.parametrize(
     ("size", "layers", "modules", "parameters"),
-    [
-        ("E4B", ["attention", "mlp"], 215, 18_595_840),
-        ("E4B", ["attention"], 110, 3_112_960),
-        ("E4B", ["attention", "mlp", "audio"], 349, 23_805_952),
-        ("E4B", ["audio"], 134, 5_210_112),
-        ("E4B", ["vision"], 1, 32_768),
-        ("E2B", ["attention", "mlp"], 190, 10_158_080),
-        ("E2B", ["attention", "mlp", "vision"], 191, 10_158_080 + 32_768),
-    ],
+    [*KNOWN, ("E2B", ["attention", "mlp", "vision"], 191, 10_158_080 + 32_768)],
 )
 def test_released_models_are_planned_with_the_known_counts(
     make_config: Any, size: str, layers: list[str], modules: int, parameters: int
 ) -> None:
     plan = plan_released(make_config, size, layers=layers)
     assert (len(plan.modules), plan.parameters) == (modules, parameters)
-    assert plan.total == {"E4B": 7_818_517_072, "E2B": 5_418_464_192}[size]
+    assert plan.total == TOTALS[size]
     assert sum(total.parameters for total in plan.totals) == parameters
 
 

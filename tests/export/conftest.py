@@ -1,5 +1,6 @@
 """A model whose adapter says something, as after training, and what it makes of a fixed text."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,3 +47,27 @@ def read_logits() -> Any:
         return logits[batch["attention_mask"].bool()]
 
     return read
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory, make_llama_folder: Any) -> Path:
+    """A random Gemma 3n that llama.cpp can run: 20 layers with keys and values of their own and 2 that share them."""
+    return make_llama_folder(tmp_path_factory.mktemp("llama") / "random-gemma3n", hidden_size=32)
+
+
+@pytest.fixture(scope="session")
+def make_llama_folder() -> Any:
+    """Returns a function: (folder, hidden_size, text settings) -> the folder of a random checkpoint for llama.cpp."""
+    from forgekit.data.samples.orders import load_orders
+    from forgekit.model.tiny import build_config, build_model, build_processor, build_tokenizer
+
+    def build(folder: Path, hidden_size: int, seed: int = 0, **text: Any) -> Path:
+        tokenizer = build_tokenizer(row["message"] for row in load_orders(300))
+        config = build_config(tokenizer, hidden_size=hidden_size, layers=22, shared_layers=2)
+        for name, value in text.items():
+            setattr(config.text_config, name, value)
+        build_model(config, seed).save_pretrained(folder)
+        build_processor(tokenizer).save_pretrained(folder)
+        return folder
+
+    return build

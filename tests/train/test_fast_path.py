@@ -205,9 +205,9 @@ def test_compiling_pays_from_a_number_of_batches(make_config: Any, monkeypatch: 
     def trainer(steps: int) -> Any:
         return SimpleNamespace(args=SimpleNamespace(max_steps=steps, gradient_accumulation_steps=2))
 
-    assert speed.choose_compile(trainer(75), config)[0]
-    compiled, why = speed.choose_compile(trainer(74), config)
-    assert not compiled and "148 batches would not pay for it" in why
+    assert speed.choose_compile(trainer(150), config)[0]
+    compiled, why = speed.choose_compile(trainer(149), config)
+    assert not compiled and "298 batches would not pay for it" in why
     assert speed.choose_compile(trainer(1), make_config({"train.compile": "on"}))[0]
 
 

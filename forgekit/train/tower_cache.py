@@ -1,0 +1,196 @@
+"""What a frozen tower makes of a picture or a clip is the same in each epoch: it is kept, and found again by content.
+
+    tower(pixel_values or input_features)      replaced on the instance while a trainer trains
+      ├─ hash of each item's numbers ─ found ─ its features from the machine's memory
+      └─ the others together through the tower, as before; features kept as long as there is room
+
+A clip is given to the tower with its batch's padding, so it is found only where that is as long as before.
+The numbers that reach the tower come behind the processor, so the hash stands for file and processor both; weights cannot change,
+because the tower is frozen and the store lives as long as one training. The projector behind the tower is not cached and may learn.
+"""
+
+import contextlib
+import functools
+import hashlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..config import Config
+from ..hardware import GIB, choose_device
+from ..run_folder import Run
+from .speed import count_batches, find_media
+
+LIMIT = 4 * GIB  # of the machine's memory, for each tower; features of a picture take 1 MB in 16 bit
+TIMED = 3  # batches that are timed, waiting for the GPU; then it is known whether looking up is cheaper than computing
+Key = tuple[bytes, str, tuple[int, ...]]
+
+
+@dataclass
+class TowerCache:
+    """The features of one frozen tower."""
+
+    tower: Any
+    limit: int = LIMIT
+    store: dict[Key, dict[str, torch.Tensor]] = field(default_factory=dict)
+    bytes: int = 0
+    found: int = 0
+    computed: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: {"hash": 0.0, "tower": 0.0})
+    timed: int = 0
+    off: str | None = None  # why it was given up
+    kind: Any = None  # class of the tower's output
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the tower returns."""
+        library = type(self.tower).forward
+        named = {**{str(place): value for place, value in enumerate(args)}, **kwargs}
+        inputs = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
+        if self.off or not inputs:
+            return library(self.tower, *args, **kwargs)
+        started = self.start_clock()
+        keys = make_keys(list(inputs.values()))
+        self.stop_clock("hash", started)
+        missing = [place for place, key in enumerate(keys) if key not in self.store]
+        fresh: dict[Key, dict[str, torch.Tensor]] = {}
+        if missing:
+            started = self.start_clock()
+            part = {name: value[missing] for name, value in inputs.items()}
+            rest = [part.get(str(place), value) for place, value in enumerate(args)]
+            result = library(self.tower, *rest, **{name: part.get(name, value) for name, value in kwargs.items()})
+            self.stop_clock("tower", started)
+            fields = read_fields(result, len(missing))
+            if fields is None:
+                self.off = f"{type(result).__name__} holds more than features"
+                return library(self.tower, *args, **kwargs)
+            self.kind = type(result)
+            fresh = {keys[place]: {n: t[i] for n, t in fields.items()} for i, place in enumerate(missing)}
+            self.keep(fresh)
+        self.found, self.computed = self.found + len(keys) - len(missing), self.computed + len(missing)
+        self.judge()
+        device = next(iter(inputs.values())).device
+        items = [fresh.get(key) or self.store[key] for key in keys]
+        together = {n: torch.stack([item[n].to(device, non_blocking=True) for item in items]) for n in items[0]}
+        return self.kind(**together)
+
+    def keep(self, fresh: dict[Key, dict[str, torch.Tensor]]) -> None:
+        """Keep features while there is room. Nothing is thrown out: in an epoch each item comes once, the oldest first again."""
+        for key, fields in fresh.items():
+            size = sum(tensor.numel() * tensor.element_size() for tensor in fields.values())
+            if self.bytes + size <= self.limit:
+                self.store[key] = {name: tensor.detach().cpu() for name, tensor in fields.items()}
+                self.bytes += size
+
+    def start_clock(self) -> float:
+        """Return the time, when what the GPU was given before is done."""
+        if self.timed < TIMED and torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def stop_clock(self, name: str, started: float) -> None:
+        """Count the time since."""
+        if self.timed < TIMED:
+            self.seconds[name] += self.start_clock() - started
+
+    def judge(self) -> None:
+        """Give up when looking up costs more than half of what it saves, in the first batches."""
+        self.timed += 1
+        if self.timed == TIMED and self.seconds["hash"] > self.seconds["tower"] / 2:
+            self.off = (
+                f"looking up takes {self.seconds['hash'] / max(self.seconds['tower'], 1e-9):.1f} of the tower's time"
+            )
+            self.store.clear()
+
+    def summarize(self) -> dict[str, Any]:
+        """Return for run.json what was found and computed, the bytes kept, and why it was given up."""
+        return {"found": self.found, "computed": self.computed, "bytes": self.bytes, "off": self.off}
+
+    def __str__(self) -> str:
+        if self.off:
+            return f"not cached, because {self.off}"
+        return f"{self.found} of {self.found + self.computed} features found again, {self.bytes / GIB:.2f} GiB kept"
+
+
+def make_keys(inputs: list[torch.Tensor]) -> list[Key]:
+    """Return a key for each item: a hash of its numbers, their types, and their shapes."""
+    shapes = tuple(size for value in inputs for size in value.shape[1:])
+    types = " ".join(str(value.dtype) for value in inputs)
+    rows = [value.detach().cpu().contiguous().view(torch.uint8).flatten(1).numpy() for value in inputs]
+    return [
+        (hashlib.blake2b(b"".join(row[place].tobytes() for row in rows), digest_size=16).digest(), types, shapes)
+        for place in range(len(inputs[0]))
+    ]
+
+
+def read_fields(result: Any, items: int) -> dict[str, torch.Tensor] | None:
+    """Return the tensors of a tower's output by name, or None when it holds anything that is not one row an item."""
+    if not hasattr(result, "items"):
+        return None
+    fields = {name: value for name, value in result.items() if value is not None}
+    right = all(isinstance(value, torch.Tensor) and value.shape[:1] == (items,) for value in fields.values())
+    return fields if fields and right else None
+
+
+def find_random(tower: Any) -> str | None:
+    """Return the name of a module that draws random numbers in training, after which features differ from epoch to epoch."""
+    for name, module in tower.named_modules():
+        chance = {"Dropout": "p", "DropPath": "drop_prob"}.get(type(module).__name__)
+        if chance and getattr(module, chance):
+            return str(name)
+    return None
+
+
+@contextlib.contextmanager
+def cache_towers(base: Any, used: set[str]) -> Iterator[dict[str, TowerCache]]:
+    """Cache the frozen towers of the media that are used; yield the caches by the tower's name.
+
+    Args:
+        base: a Gemma3nForConditionalGeneration.
+        used: kinds of media in the data, of "image" and "audio".
+    """
+    names = {"image": "vision_tower", "audio": "audio_tower"}
+    caches = {}
+    for kind in sorted(used & names.keys()):
+        tower = getattr(base.model, names[kind], None)
+        if tower is None or any(p.requires_grad for p in tower.parameters()) or "forward" in vars(tower):
+            continue
+        random = find_random(tower)
+        if random:
+            print(f"{names[kind]}: not cached, because {random} draws random numbers")
+            continue
+        caches[names[kind]] = tower.forward = TowerCache(tower)
+    try:
+        yield caches
+    finally:
+        for name in caches:
+            del getattr(base.model, name).forward
+
+
+def cache_while_training(trainer: Any, config: Config, run: Run) -> None:
+    """Let `trainer.train` cache frozen towers when `train.cache_towers` says so; what was found goes to run.json.
+
+    auto: on a CPU when rows come more than once. On a GPU a lookup makes the CPU wait for the step before, and whether that pays is
+    not measured yet.
+    """
+    from .fast_path import unwrap
+
+    train, switch = trainer.train, config.train.cache_towers
+    again = count_batches(trainer) * trainer.args.per_device_train_batch_size > len(trainer.train_dataset)
+    if switch == "off" or (switch == "auto" and not (again and choose_device(config) == "cpu")):
+        return
+
+    @functools.wraps(train)
+    def train_with_cache(*args: Any, **kwargs: Any) -> Any:
+        with cache_towers(unwrap(trainer.model), find_media(trainer.train_dataset)) as caches:
+            try:
+                return train(*args, **kwargs)
+            finally:
+                for name, cache in caches.items():
+                    print(f"{name}: {cache}")
+                if caches:
+                    run.update(tower_caches={name: cache.summarize() for name, cache in caches.items()})
+
+    trainer.train = train_with_cache
