@@ -5,6 +5,7 @@ beside FORGEKIT_FAULT: full_disk_at (a step at which files can no longer grow), 
 taken out). `kill_after` is counted from the beginning of the training. Started with one thread, because a forked process may not use a parent's thread pool.
 """
 
+import gc
 import json
 import os
 import resource
@@ -186,6 +187,8 @@ def main() -> None:
     make_checkpoint(folder)
     # the first training imports what is imported late; forked ones then share it
     train({"folder": str(folder), "run": "warm", "settings": {"train.max_steps": 1}})
+    gc.collect()
+    gc.freeze()  # a collection before each training would go through, and copy, the memory of all these libraries
     answers.write('"ready"\n')
     answers.flush()
     for line in sys.stdin:

@@ -1,5 +1,6 @@
 """Small Gemma 3n models and random batches, for comparing a forward with the library's own."""
 
+import gc
 import json
 import random
 from typing import Any
@@ -116,6 +117,8 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory, small_tokenizer: Any) 
     model = small_text_model(dtype="float32", **sizes, **special)
     model.save_pretrained(folder)
     small_tokenizer.save_pretrained(folder)
+    gc.collect()
+    gc.freeze()  # transformers collects garbage before each training, a second's work on the memory of these libraries
     return folder
 
 
