@@ -16,7 +16,7 @@ Switch = Annotated[  # YAML 1.1 and Python say true and false where a recipe say
     Literal["auto", "on", "off"], BeforeValidator(lambda value: {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value)
 ]  # fmt: skip
 Memory = Literal["low", "auto", "high"] | Annotated[float, Field(gt=0)]
-Format = Literal["adapter", "merged", "gguf:f16", "gguf:bf16", "gguf:q8_0", "gguf:q4_k_m", "ollama"]
+Format = Literal["adapter", "merged", "gguf:f16", "gguf:bf16", "gguf:q8_0", "gguf:q4_k_m", "gguf:mmproj", "ollama"]
 Names = Annotated[tuple[str, ...], Field(strict=False)]  # a list in YAML, unchangeable here
 
 
@@ -274,7 +274,7 @@ class Export(Section):
     formats: Annotated[tuple[Format, ...], Field(strict=False)] = setting(
         ("adapter",),
         "adapter: the added matrices alone; merged: a whole model in 16 bit; gguf:q8_0 (or f16, bf16, q4_k_m): one file of the text model "
-        "for llama.cpp; ollama: a Modelfile for it",
+        "for llama.cpp; gguf:mmproj: its picture tower, of the released sizes only; ollama: a Modelfile for it",
     )
     replace: bool = setting(False, "replace an export that stands in the run's folder, once the new one is verified")
     push: str | None = setting(

@@ -1,7 +1,7 @@
 """A pandas table that a notebook shows whole: texts uncut and aligned left, numbers short and aligned right."""
 
 import html
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Number
 from typing import Any
 
@@ -44,11 +44,23 @@ def write_html(value: Any) -> str:
 
 
 def write_value(value: Any) -> str:
-    """Return a value as a person writes it: 100 instead of 100.000, names with commas, nothing for None."""
+    """Return a value as a person writes it: 100 instead of 100.000, names with commas, nothing for None.
+
+    {"a": {}, "b": {"margin": 0.2}} becomes: a, b: {margin: 0.2}
+    """
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, tuple | list):
         return ", ".join(map(write_value, value))
+    if isinstance(value, Mapping):
+        return ", ".join(write_item(key, item) for key, item in value.items())
     return "" if value is None else str(value)
+
+
+def write_item(key: Any, item: Any) -> str:
+    """Return one item of a mapping; a name alone when nothing stands behind it."""
+    if isinstance(item, Mapping):
+        return f"{key}: {{{write_value(item)}}}" if item else str(key)
+    return f"{key}: {write_value(item)}"

@@ -52,6 +52,12 @@ def test_a_table_computes_as_pandas_does() -> None:
         (2e-4, "0.0002"),
         (262400, "262400"),
         (("attention", "mlp"), "attention, mlp"),
+        ({"mlp": 4, "laurel": 8}, "mlp: 4, laurel: 8"),
+        (
+            {"baseline-established": {}, "model-performance": {"margin": 0.2}},
+            "baseline-established, model-performance: {margin: 0.2}",
+        ),
+        ({}, ""),
         (None, ""),
         (False, "false"),
         ("as it is", "as it is"),

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..data.collate import tokenize_texts
 from ..data.messages import Messages, get_answer
-from ..data.parts import KINDS
+from ..data.parts import FEEDS, KINDS
 
 SAMPLES = 64  # values of a frozen weight that are looked at: another checkpoint or precision differs in all of them
 WHOLE = 2**24  # a learned weight up to this many values is read whole, a larger one sampled and summed
@@ -83,7 +83,7 @@ def fingerprint_row(chat: Messages, processor: Any, choices: Any = None) -> tupl
 
 def fingerprint_media(chat: Messages) -> str | None:
     """Return a hash of the pictures and sound of a chat, or None where it is text alone."""
-    prints = [fingerprint_part(part) for turn in chat for part in turn["content"] if part["type"] != "text"]
+    prints = [fingerprint_part(part) for turn in chat for part in turn["content"] if part["type"] in FEEDS]
     return digest(" ".join(prints)) if prints else None
 
 

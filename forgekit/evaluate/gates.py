@@ -3,7 +3,7 @@
     baseline-established    metrics/baseline.json                       the base was scored, on the rows of metrics/scores.json
     model-performance       both, metrics/training-stats.json           better by more than the margin and than chance; loss fell
     no-regression           metrics/regression.json                     a second, general set lost no more than it may
-    quantization-verified   models/quantized/verify.json                the GGUF answers like the merged model, size as expected
+    quantization-verified   models/[unverified/]quantized/verify.json   the GGUF answers like the merged model, size as expected
 
 So they can be judged again later, by `forgekit gates RUN`, without weights. What was asked for and was never measured counts
 as failed.
@@ -188,8 +188,9 @@ def judge_regression(path: Path, record: Mapping[str, Any], limits: Mapping[str,
 
 def judge_quantization(path: Path, record: Mapping[str, Any], limits: Mapping[str, float]) -> Verdict:
     """The GGUF was verified against the merged model, scores like it, and is as large as was calculated."""
-    name, folder = "quantization-verified", path / "models" / "quantized"
-    if not (folder / "verify.json").is_file():
+    name, places = "quantization-verified", ("models/unverified/quantized", "models/quantized")
+    folder = next((path / place for place in places if (path / place / "verify.json").is_file()), None)
+    if folder is None:  # one file that did not verify counts for all, so its place is looked at first
         return Verdict(name, NOT_RUN, "models/quantized/verify.json does not exist: no GGUF was exported and verified.")
     found, drop = read_json(folder / "verify.json"), limits["drop"]
     problems = [
@@ -197,6 +198,8 @@ def judge_quantization(path: Path, record: Mapping[str, Any], limits: Mapping[st
     ]
     if not found["verified"] and not problems:
         problems.append("verify.json says that the file was not verified")
+    if folder.parent.name == "unverified":
+        problems.append(f"what was exported stands in {places[0]}")
     size, expected = found["file_bytes"], found["expected_bytes"]
     if abs(size - expected) > SIZE * expected:
         problems.append(f"the file has {size} bytes, and {expected} were expected")

@@ -1,5 +1,6 @@
 """The model card (README.md) of an export: base, data, plan, settings, scores, gates, hardware, how to use it, its terms."""
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -103,12 +104,19 @@ def write_value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {write_value(item)}" for key, item in value.items()) or "none"
+        return ", ".join(write_item(key, item) for key, item in value.items()) or "none"
     if isinstance(value, list | tuple):
         return ", ".join(map(write_value, value)) or "none"
     if isinstance(value, str) and Path(value).expanduser().is_absolute():
         return Path(value).name
     return " ".join(str(value).split())
+
+
+def write_item(key: str, item: Any) -> str:
+    """Return one item of a mapping; a name alone when nothing stands behind it."""
+    if isinstance(item, Mapping):
+        return f"{key}: {{{write_value(item)}}}" if item else key
+    return f"{key}: {write_value(item)}"
 
 
 def describe_data(config: Config) -> str:
@@ -161,6 +169,15 @@ def describe_gates(run: Run | None) -> list[str]:
         return []
     rows = [(gate["gate"], gate["verdict"], gate["reason"]) for gate in read_json(file)["gates"]]
     return write_table(("gate", "verdict", "reason"), rows)
+
+
+def update_gates(card: Path, run: Run) -> None:
+    """Put the gates' verdicts as they stand now into a card, behind its scores; one of them waits for the exports."""
+    parts = re.split(r"^(?=## )", card.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    parts = [part for part in parts if not part.startswith("## Gates\n")]
+    place = max(i for i, part in enumerate(parts) if i == 0 or part.startswith("## Scores"))
+    parts.insert(place + 1, "\n".join([*write_section("Gates", describe_gates(run))[1:], "", ""]))
+    write_text(card, "".join(parts))
 
 
 def describe_plan(run: Run | None) -> list[str]:

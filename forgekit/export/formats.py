@@ -8,6 +8,8 @@ from typing import NamedTuple
 from .adapter import export_adapter
 from .gguf import export_gguf
 from .gguf_verify import verify_gguf
+from .gguf_vision import export_vision
+from .gguf_vision_verify import verify_vision
 from .merged import export_merged
 from .ollama import export_ollama, verify_ollama
 from .verdict import Verdict
@@ -37,6 +39,7 @@ FORMATS = {
         )
         for kind in ("F16", "BF16", "Q8_0", "Q4_K_M")
     },
+    "gguf:mmproj": Format("models/quantized/mmproj-F16.gguf", export_vision, verify_vision),
     "ollama": Format("models/ollama", export_ollama, verify_ollama),
 }
 

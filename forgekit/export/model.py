@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config
+from ..evaluate.gates import check_gates
 from ..run_folder import Run, shorten_path
 from .api import write_api
-from .card import write_card
+from .card import update_gates, write_card
 from .checks import check_export
 from .compare import Reference
 from .formats import FORMATS
@@ -26,7 +27,7 @@ def export_model(
     scores: dict[str, Any] | None = None,
     dataset: "Dataset | None" = None,
 ) -> dict[str, Path]:
-    """Write each format of `export.formats`, verify it, and note it in run.json.
+    """Write each format of `export.formats`, verify it, and note it in run.json; the gates, judged then, go into the cards.
 
     Args:
         scores: figures for the model card, name -> value; the run's own score files are read in any case.
@@ -57,6 +58,9 @@ def export_model(
             f"{name}: {shorten_path(written[name])} ({measure_size(written[name]) / 1e6:.1f} MB), {verdict.describe()}"
         )
         note_exports(run, written, verdicts)
+    if check_gates(run).verdicts:
+        for card in {find_card(path) for path in written.values()}:
+            update_gates(card, run)
     if config.export.push:
         pushed = push_exports({name: written[name] for name in written if verdicts[name].verified}, config)
         run.update(pushed=pushed)
@@ -72,6 +76,11 @@ def describe_export(
     write_card(draft, config, name, scores, run=run, verdict=verdict, place=target)
     if name != "adapter":
         write_api(draft / "openapi.json", config, run.path.name)
+
+
+def find_card(path: Path) -> Path:
+    """Return where the model card of an export stands."""
+    return (path.parent if is_file(path) else path) / "README.md"
 
 
 def put(draft: Path, target: Path, models: Path, verdict: Verdict) -> Path:

@@ -80,9 +80,13 @@ def place_unverified(target: Path, models: Path) -> Path:
 
 
 def remove_export(target: Path) -> None:
-    """Remove an export of an earlier attempt, folder or file with its verdict."""
+    """Remove an unverified export of an earlier attempt, folder or file with its verdict; the last file takes its folder along."""
     if target.is_dir():
         shutil.rmtree(target)
     else:
         place_verdict(target).unlink(missing_ok=True)
         target.unlink(missing_ok=True)
+        if any(target.parent.glob("*.verify.json")):
+            write_summary(target.parent)
+        else:
+            shutil.rmtree(target.parent)

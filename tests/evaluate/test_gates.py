@@ -82,7 +82,15 @@ STATS, VERIFY, GGUF = "metrics/training-stats.json", "models/quantized/verify.js
 RISING = [(step, 3.0 - 0.05 * step if step < 30 else 1.5 + 0.05 * (step - 30)) for step in range(60)]
 HELD = {"name": "mean KL", "value": 0.5, "bound": 0.01, "held": False}
 
+
 # gate, how the run is broken, verdict, words of the reason
+def keep_apart(folder: Path) -> None:
+    """Leave the run as an export does whose only GGUF failed its bound."""
+    change_json(folder / VERIFY, checks=[HELD], verified=False)
+    (folder / "models/unverified").mkdir()
+    (folder / "models/quantized").rename(folder / "models/unverified/quantized")
+
+
 BROKEN: dict[str, tuple[str, Callable[[Path], None], str, str]] = {
     "no baseline": (ALL[0], remove("metrics/baseline.json"), "not run", "score the base before training"),
     "baseline of other rows": (
@@ -108,6 +116,7 @@ BROKEN: dict[str, tuple[str, Callable[[Path], None], str, str]] = {
     "general set not scored": (ALL[2], remove("metrics/regression.json"), "not run", "check_regression was not called"),
     "no GGUF": (ALL[3], remove(VERIFY), "not run", "no GGUF was exported"),
     "a bound that failed": (ALL[3], change_file(VERIFY, checks=[HELD], verified=False), "failed", "mean KL is 0.5, bound 0.01"),
+    "a GGUF kept apart": (ALL[3], keep_apart, "failed", "mean KL is 0.5, bound 0.01; what was exported stands in models/unverified/quantized"),
     "GGUF answers worse": (ALL[3], change_file(VERIFY, score=0.70), "failed", "more than 5% lost"),
     "GGUF too large": (ALL[3], change_file(VERIFY, expected_bytes=500), "failed", "500 were expected"),
     "GGUF changed": (ALL[3], lambda folder: (folder / GGUF).write_bytes(b"x"), "failed", "no GGUF here has the 1000 bytes"),
@@ -131,6 +140,14 @@ def test_of_error_rates_the_gguf_may_not_make_more(run: Run) -> None:
     for score, held in ((0.24, True), (0.26, True), (0.27, False)):
         change_json(run.path / VERIFY, score=score, merged_score=0.25, higher_is_better=False)
         assert check_gates(run.path, {"quantization-verified": {}}).held is held
+
+
+def test_one_of_two_files_that_failed_is_enough(run: Run) -> None:
+    apart = run.path / "models/unverified/quantized"
+    apart.mkdir(parents=True)
+    write_json(apart / "verify.json", {"verified": False, "checks": [HELD], "file_bytes": 3, "expected_bytes": 3})
+    (verdict,) = check_gates(run.path, {"quantization-verified": {}}).verdicts
+    assert verdict.verdict == "failed" and "mean KL is 0.5" in verdict.reason
 
 
 def test_a_gguf_whose_answers_were_not_scored_rests_on_its_checks(run: Run) -> None:

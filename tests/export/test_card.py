@@ -9,7 +9,7 @@ import yaml
 from forgekit import start_run
 from forgekit.adapter.plan import plan_layers
 from forgekit.export import card
-from forgekit.export.card import write_card, write_value
+from forgekit.export.card import update_gates, write_card, write_value
 from forgekit.export.verdict import Verdict, at_least, at_most
 from forgekit.run_folder import Run, write_json, write_text
 
@@ -105,6 +105,22 @@ def test_gates_stand_with_verdict_and_reason(make_config: Any, folder: Path, run
     assert "| model-performance | failed | 0.01 \\| 0.02 |" in read_card(folder)[1]
 
 
+def test_gates_judged_later_take_the_place_of_earlier_ones(make_config: Any, folder: Path, run: Run) -> None:
+    write_text(folder / "README.md", "# model\n\n## Terms\n\nThese.\n")  # as that of the GGUF files, without scores
+    verdicts = ("not run", "passed")
+    for verdict in verdicts:
+        gates = [{"gate": "quantization-verified", "verdict": verdict, "reason": "score 1", "numbers": {}}]
+        write_json(run.path / "metrics/gates.json", {"held": True, "gates": gates})
+        update_gates(folder / "README.md", run)
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert text.count("## Gates") == 1 and "not run" not in text
+    assert "| quantization-verified | passed | score 1 |\n\n## Terms\n\nThese.\n" in text
+    write_card(folder, make_config(), "merged", run=run)
+    whole = (folder / "README.md").read_text(encoding="utf-8")
+    update_gates(folder / "README.md", run)
+    assert (folder / "README.md").read_text(encoding="utf-8") == whole
+
+
 def test_plan_training_hardware_and_verification_are_there(make_config: Any, folder: Path, run: Run) -> None:
     verdict = Verdict((at_most("largest difference", 2e-7, 1e-5), at_least("share", 0.5, 0.9)), 1, 1, 6, 200)
     write_card(folder, make_config(), "merged", run=run, verdict=verdict)
@@ -122,6 +138,7 @@ def test_plan_training_hardware_and_verification_are_there(make_config: Any, fol
         (True, "true"),
         (("adapter", "merged"), "adapter, merged"),
         ({"mlp": 4}, "mlp: 4"),
+        ({"a": {}, "b": {"margin": 0.2}}, "a, b: {margin: 0.2}"),
         ({}, "none"),
         ("/data/me/rows.jsonl", "rows.jsonl"),
         ("two\nlines", "two lines"),

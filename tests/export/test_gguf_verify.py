@@ -7,16 +7,17 @@ from typing import Any
 import numpy
 import pytest
 
-from forgekit import export_model, start_run
-from forgekit.data.messages import check_example
+from forgekit import check_gates, export_model, start_run
+from forgekit.data.messages import check_example, get_answer
 from forgekit.data.samples.orders import load_orders
+from forgekit.evaluate.generate import generate_answers
 from forgekit.export import gguf, gguf_metadata, gguf_verify
 from forgekit.export import model as export_module
 from forgekit.export.compare import Reference
 from forgekit.export.gguf import export_gguf, write_gguf
 from forgekit.export.gguf_reference import divide_as_llama, list_chats, list_texts, read_reference
 from forgekit.export.gguf_tensors import Tensor
-from forgekit.export.gguf_verify import verify_gguf
+from forgekit.export.gguf_verify import OWN_ANSWER, answer_chats, verify_gguf
 from forgekit.export.verdict import Verdict
 
 SAME = "mean KL with llama.cpp's cut-off, nats a token"
@@ -205,6 +206,7 @@ def test_a_bound_that_fails_keeps_the_file_apart_and_the_run_says_so(
         "unverified/quantized/model-Q8_0.verify.json",
         "unverified/quantized/verify.json",
     ]
+    assert check_gates(run.path, {"quantization-verified": {}}).verdicts[0].verdict == "failed"
     verdict = json.loads((run.path / "models/quantized/model-F16.verify.json").read_text())
     assert verdict["verified"] and verdict["types"]["F16"] > 100 and verdict["score"] == verdict["merged_score"] == 0
     assert "NOT VERIFIED" in capsys.readouterr().out
@@ -276,6 +278,26 @@ def test_rows_with_media_are_compared_by_their_text() -> None:
     assert list_chats([*rows, *whole], 3) == (whole[:3], 3)
     texts = list_texts(chats, 200)
     assert len(texts) == 200 == len(set(texts)) + (200 - len(set(texts))) and len(set(texts)) > 190
+
+
+def test_where_no_held_out_row_is_whole_perplexity_is_of_the_models_own_answers(
+    learned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor, config = learned
+    chats, own = list_chats([], 4)
+    known = answer_chats(model, processor, chats)
+    assert own == 0 and [chat[:-1] for chat in known] == [chat[:-1] for chat in chats]
+    assert [get_answer(chat) for chat in known] == generate_answers(model, processor, chats, OWN_ANSWER)
+    assert [get_answer(chat) for chat in known] != [get_answer(chat) for chat in chats]
+    given: list[Any] = []
+    measure = gguf_verify.compare_perplexity
+    monkeypatch.setattr(gguf_verify, "compare_perplexity", lambda *all: given.append(all[3]) or measure(*all))
+    path = export_gguf("F16", model, processor, config, tmp_path / "model-F16.gguf")
+    assert verify_gguf("F16", Reference(model, processor, None), path, config).verified
+    rows = make_rows(5)
+    assert verify_gguf("F16", Reference(model, processor, rows), path, config).verified
+    held_out = [example["messages"] for example in rows][:4]
+    assert given == [gguf_verify.mark_rows(some, processor) for some in (known, held_out)]
 
 
 def test_the_formats_have_their_place() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from forgekit.export.place import check_absent, drafted, settle
+from forgekit.export.place import check_absent, drafted, remove_export, settle
 from forgekit.export.verdict import Verdict, at_most, place_verdict, read_verdict
 from forgekit.run_folder import read_json
 
@@ -38,3 +38,17 @@ def test_a_format_of_one_file_shares_its_folder(tmp_path: Path) -> None:
     assert together["verified"] and (together["file_bytes"], together["expected_bytes"]) == (14, 16)
     assert [check["name"] for check in together["checks"]] == ["model-F16: a", "model-Q8_0: a"]
     assert together["score"] == pytest.approx(0.75) and together["merged_score"] == 0.9  # of the one that lost more
+
+
+def test_an_unverified_file_takes_its_verdict_along_and_the_last_one_the_folder(tmp_path: Path) -> None:
+    """Else a gate would go on reading a failure that was mended."""
+    folder = tmp_path / "models" / "unverified" / "quantized"
+    for name, value in (("model-Q8_0.gguf", 2), ("model-F16.gguf", 3)):
+        with drafted(folder / name) as draft:
+            draft.write_bytes(b"weights")
+            Verdict((at_most("a", value, 1),), 7, 7).save(draft)
+            settle(draft, folder / name)
+    remove_export(folder / "model-Q8_0.gguf")
+    assert [check["name"] for check in read_json(folder / "verify.json")["checks"]] == ["model-F16: a"]
+    remove_export(folder / "model-F16.gguf")
+    assert not folder.exists()

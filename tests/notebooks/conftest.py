@@ -1,7 +1,8 @@
 """One execution of each notebook with its quick recipe serves every test that only looks at what came out.
 
-`make outputs` executes a notebook and stores its outputs anew; `pytest --nbval notebooks/01_text.ipynb` executes it and
-compares. Here the outputs of the one execution are compared by nbval's own functions.
+`make outputs` executes a notebook and stores its outputs anew; `FORGEKIT_RUNS=$(mktemp -d) pytest --nbval
+notebooks/01_text.ipynb` executes it and compares. The folder is a fresh one because a base that was scored in a run beside
+is not scored again, and says so. Here the outputs of the one execution are compared by nbval's own functions.
 """
 
 import copy
@@ -18,6 +19,8 @@ import pytest
 from nbval.plugin import IPyNbCell, IPyNbFile, coalesce_streams
 
 NOTEBOOKS = {"text": "01_text", "vision": "02_vision", "audio": "03_audio"}
+# what the quick recipes export, and where it stands in the run's folder
+EXPORTS = {"adapter": "models/lora", "merged": "models/merged", "gguf:q8_0": "models/quantized/model-Q8_0.gguf"}
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,13 @@ def vision_run(project_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="session")
 def audio_run(project_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return run_notebook("audio", project_folder, tmp_path_factory.mktemp("runs"))
+
+
+def find_output(finished: Finished, call: str, kind: str = "text/html") -> str:
+    """Return what the cell with a call showed."""
+    (cell,) = [cell for cell in finished.notebook.cells if cell.cell_type == "code" and call in cell.source]
+    (shown,) = [output.data[kind] for output in cell.outputs if kind in output.get("data", {})]
+    return shown
 
 
 def collect_cells(notebook: Path, session: pytest.Session) -> list[IPyNbCell]:

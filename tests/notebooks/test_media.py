@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import NOTEBOOKS, Finished, find_differences, run_notebook
+from .conftest import EXPORTS, NOTEBOOKS, Finished, find_differences, find_output, run_notebook
 
 # held-out rows, and points of exact match that the recipe gains at least
 ROWS = {"vision": 200, "audio": 100}
@@ -56,13 +56,6 @@ def test_every_tower_learned(kind: str, request: pytest.FixtureRequest) -> None:
     assert sum(learned.values()) > 0.9 * len(learned)
 
 
-def find_output(finished: Finished, call: str, kind: str = "text/html") -> str:
-    """Return what the cell with a call showed."""
-    (cell,) = [cell for cell in finished.notebook.cells if call in cell.source]
-    (shown,) = [output.data[kind] for output in cell.outputs if kind in output.get("data", {})]
-    return shown
-
-
 @pytest.mark.parametrize(("kind", "medium"), [("vision", "<img"), ("audio", "<audio")])
 def test_five_answers_are_shown_with_what_was_asked(kind: str, medium: str, request: pytest.FixtureRequest) -> None:
     finished = get_run(kind, request)
@@ -73,6 +66,23 @@ def test_five_answers_are_shown_with_what_was_asked(kind: str, medium: str, requ
     for i in range(5):
         reference, first, last = after[i]["reference"], before[i]["prediction"], after[i]["prediction"]
         assert cells[5 * i + 1 : 5 * i + 4] == [reference, first, last]
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_exports_are_verified_and_the_gates_pass(kind: str, request: pytest.FixtureRequest) -> None:
+    finished = get_run(kind, request)
+    record = finished.read("run.json")
+    assert record["exports"] == EXPORTS and record["verified"] == dict.fromkeys(EXPORTS, True)
+    assert len(record["gates"]) == 3 and set(record["gates"].values()) == {"passed"}
+    shown = find_output(finished, "fk.check_gates")
+    assert [gate for gate in record["gates"] if gate not in shown] == []
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_the_gguf_file_answers_a_question_in_words(kind: str, request: pytest.FixtureRequest) -> None:
+    finished = get_run(kind, request)
+    (cell,) = [cell for cell in finished.notebook.cells if "fk.ask_gguf" in cell.source]
+    assert "".join(output.get("text", "") for output in cell.outputs).strip()
 
 
 def test_a_film_is_learned_from_and_answered(vision_run: Finished) -> None:

@@ -1,9 +1,12 @@
 """The text notebook, executed once without a browser: its score, its run's folder, its last words, its stored outputs.
 
-`make outputs` executes the notebook and stores its outputs anew; `pytest --nbval notebooks/01_text.ipynb` executes it and
-compares. Here the outputs of the one execution are compared by nbval's own functions.
+`make outputs` executes the notebook and stores its outputs anew; `FORGEKIT_RUNS=$(mktemp -d) pytest --nbval
+notebooks/01_text.ipynb` executes it and compares. The folder is a fresh one because a base that was scored in a run beside
+is not scored again, and says so. Here the outputs of the one execution are compared by nbval's own functions.
 """
 
+import html
+import json
 import re
 import shlex
 import subprocess
@@ -14,16 +17,20 @@ from typing import Any
 import nbformat
 import pytest
 
-from .conftest import Finished, collect_cells, find_differences, run_notebook
+from .conftest import EXPORTS, Finished, collect_cells, find_differences, find_output, run_notebook
 
 NOTEBOOK = "notebooks/01_text.ipynb"
 LAYOUT = """
 run.json plan.json status.json notebook.ipynb notebook.html
 logs/training.log logs/metrics.jsonl
-metrics/baseline.json metrics/training-stats.json metrics/scores.json
-models/lora/adapter_config.json models/lora/adapter_model.safetensors models/lora/README.md
+metrics/baseline.json metrics/training-stats.json metrics/scores.json metrics/gates.json
+models/lora/adapter_config.json models/lora/adapter_model.safetensors models/lora/README.md models/lora/verify.json
 models/merged/config.json models/merged/model.safetensors models/merged/tokenizer.json models/merged/README.md
+models/merged/verify.json
+models/quantized/model-Q8_0.gguf models/quantized/model-Q8_0.verify.json models/quantized/verify.json
+models/quantized/README.md
 """.split()
+GATES = ["baseline-established", "model-performance", "quantization-verified"]
 FOLDERS = {"checkpoints", "logs", "metrics", "models"}
 
 
@@ -58,7 +65,8 @@ def test_record_says_completed_with_settings_and_scores(text_run: Finished) -> N
     record = text_run.read("run.json")
     assert (record["name"], record["state"], record["error"]) == ("text", "completed", None)
     assert record["settings"]["model.id"] == {"value": "tiny", "from": "text_quick.yaml"}
-    assert record["exports"] == {"adapter": "models/lora", "merged": "models/merged"}
+    assert record["exports"] == EXPORTS
+    assert record["verified"] == dict.fromkeys(EXPORTS, True)
     assert record["training"]["steps"] == record["settings"]["train.max_steps"]["value"]
     assert record["versions"]["transformers"] and record["finished_at"] > record["started_at"]
 
@@ -81,6 +89,40 @@ def test_training_cell_holds_the_curve_and_its_summary(text_run: Finished) -> No
     pictures = [output.data for output in cell.outputs if output.output_type == "display_data"]
     assert [sorted(data) for data in pictures] == [["image/png", "text/plain"]]
     assert re.search(r"Loss curve: from \d.* to \d.*, lowest \d", "".join(o.get("text", "") for o in cell.outputs))
+
+
+# ---- is it better, and is the file the model? ------------------------------------------------------------------------
+
+
+def test_the_score_table_has_intervals_for_every_metric(text_run: Finished) -> None:
+    shown = find_output(text_run, "fk.compare_scores")
+    after = text_run.read("metrics/scores.json")["metrics"]
+    for metric, label in (("json_equal", "JSON equal, %"), ("exact_match", "exact match, %")):
+        low, high = (f"{100 * after[metric][bound]:.1f}" for bound in ("low", "high"))
+        row = re.search(rf"<tr><td[^>]*>{label}.*?</tr>", shown, re.S)
+        assert row and f"{low} to {high}" in row.group(), (metric, row)
+    assert "sign test p = " in shown and "data:image/png" in shown
+
+
+def test_every_gate_of_the_recipe_passed_and_is_shown_with_its_reason(text_run: Finished) -> None:
+    judged = text_run.read("metrics/gates.json")["gates"]
+    assert [(gate["gate"], gate["verdict"]) for gate in judged] == [(name, "passed") for name in GATES]
+    assert text_run.read("run.json")["gates"] == dict.fromkeys(GATES, "passed")
+    texts = [find_output(text_run, "fk.check_gates"), read_ending(text_run)]
+    texts += [(text_run.folder / place / "README.md").read_text() for place in ("models/lora", "models/quantized")]
+    for text in texts:
+        assert [
+            gate["reason"] for gate in judged if html.escape(gate["reason"]) not in text and gate["reason"] not in text
+        ] == []
+
+
+def test_the_gguf_file_alone_gives_the_same_answer_through_llama_cpp(text_run: Finished) -> None:
+    said = [
+        "".join(output.get("text", "") for output in cell.outputs).strip().splitlines()[-1]
+        for cell in text_run.notebook.cells
+        if "answer = fk.generate_answer" in cell.source or "fk.ask_gguf" in cell.source
+    ]
+    assert said[0] == said[1] and json.loads(said[0])["item"] == "honey"
 
 
 def test_notebook_and_page_carry_no_widgets(text_run: Finished) -> None:

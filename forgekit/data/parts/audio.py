@@ -107,11 +107,12 @@ def show(part: Mapping[str, Any]) -> tuple[str, str]:
 
     (decoded,) = load(dict(part), Wanted(seconds=LONGEST_SPLIT))
     file = io.BytesIO()
-    soundfile.write(file, decoded["audio"], RATE, format="WAV", subtype="PCM_16")
+    # no sample is lost and a quarter saved; level 0 has integer predictors, so that every machine writes the same bytes
+    soundfile.write(file, decoded["audio"], RATE, format="FLAC", subtype="PCM_16", compression_level=0)
     data = base64.b64encode(file.getvalue()).decode()
     which = f", part {part['piece']} of {part['pieces']}" if "pieces" in part else ""
     text = f"[sound, {len(decoded['audio']) / RATE:.2f} s{which}]"
-    return text, f"<audio controls aria-label='{text[1:-1]}' src='data:audio/wav;base64,{data}'></audio>"
+    return text, f"<audio controls aria-label='{text[1:-1]}' src='data:audio/flac;base64,{data}'></audio>"
 
 
 def fingerprint(part: Mapping[str, Any]) -> str:
