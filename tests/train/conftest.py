@@ -151,6 +151,11 @@ def make_run(make_config: Any, text_folder: Any, tmp_path: Any) -> Any:
             add_adapter(model, config), processor, load_data(config, processor, to_example), config, run
         )
         trainer.run, trainer.config = run, config
+        runs.append(run)
         return trainer
 
-    return make
+    runs: list[Any] = []
+    yield make
+    for run in runs:
+        if run._lock:
+            run.finish("stopped")
