@@ -7,7 +7,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab lint outputs install install-test clean distclean
+.PHONY: help demo test faults lab lint outputs install install-test clean distclean
 
 # The range that pyproject.toml requires; a name or a path takes its place.
 PYTHON ?= >=3.11,<3.14
@@ -54,6 +54,10 @@ demo: .venv/.installed ## fine-tune the built-in tiny Gemma 3n on a CPU and show
 test: .venv/.installed-test ## run the default tests (CPU, minutes); PYTEST_ARGS=--slow adds the slow ones
 	@echo "forgekit: running the tests"
 	@.venv/bin/python -m pytest $(PYTEST_ARGS)
+
+faults: .venv/.installed-test ## break trainings at every step and in every way, and compare how they resume (up to an hour)
+	@echo "forgekit: running the fault suite"
+	@.venv/bin/python -m pytest tests/faults tests/train/test_checkpoint*.py tests/test_faults.py --faults $(PYTEST_ARGS)
 
 lab: .venv/.installed ## open JupyterLab on 127.0.0.1 with this environment
 	@.venv/bin/python -m forgekit lab $(LAB_ARGS)

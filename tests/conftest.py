@@ -1,7 +1,7 @@
 """What every test shares: which tiers run where, and the project's folder.
 
-Default: everything on a CPU, in minutes. `--slow` adds the slow tests, `-m slow` runs them alone. Tests for a GPU or a
-browser are skipped, with the reason, where there is none.
+Default: everything on a CPU, in minutes. `--slow` adds the slow tests, `-m slow` runs them alone; the same for `faults`, the whole
+fault suite, of which a selection without that mark runs by default. Tests for a GPU or a browser are skipped, with the reason, where there is none.
 """
 
 import json
@@ -24,6 +24,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow as well (they take minutes each)")
+    parser.addoption("--faults", action="store_true", help="run the whole fault suite as well (up to an hour)")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -37,9 +38,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def skip_reasons(config: pytest.Config, items: list[pytest.Item]) -> dict[str, str | None]:
     """Return for each tier why it cannot run here, or None where it can."""
     asked_for_slow = config.getoption("--slow") or "slow" in config.getoption("markexpr")
+    asked_for_faults = config.getoption("--faults") or "faults" in config.getoption("markexpr")
     wants_gpu = any(item.get_closest_marker("gpu") for item in items)
     return {
         "slow": None if asked_for_slow else "takes minutes: run it with --slow or -m slow",
+        "faults": None if asked_for_faults else "takes up to an hour in all: run it with --faults or -m faults",
         # torch is imported only when a collected test needs the answer: it costs seconds
         "gpu": None if not wants_gpu or has_gpu() else "needs an NVIDIA GPU, and torch sees none",
         "browser": None if any(map(shutil.which, BROWSERS)) else f"needs a browser: none of {', '.join(BROWSERS)} here",

@@ -38,6 +38,7 @@ def test_every_command_is_known_to_these_tests():
     starts = (
         "make demo",
         "make test",
+        "make faults",
         "forgekit run notebooks/01_text.ipynb --set adaptor",
         "forgekit plan ",
         "forgekit slice ",

@@ -1,16 +1,18 @@
 """From a recipe's data section to checked examples in splits; what cannot be learned from is set aside with its reason."""
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
-from .check import MediaOptions, check_source, load_row, media_options
+from .check import SPLIT_SEED, MediaOptions, check_source, load_row, media_options
 from .clean import BadRow, Quarantine
 from .detect import find_format
 from .formats import ToExample
 from .messages import Messages
+from .randomness import own_random_numbers
 from .read import SPLITS, Given, Source, find_source
 from .rows import Kept, Row
 from .save import save_splits
@@ -66,7 +68,10 @@ def load_data(
             if to_example is None:
                 sample, items = look_ahead(iter(opened))
                 to_example = find_format(config, sample)
-            kept[source.key] = check_source(name, opened, items, to_example, processor, config, quarantine)
+            with own_random_numbers(
+                SPLIT_SEED
+            ):  # a to_example that draws at random is checked the same in every process
+                kept[source.key] = check_source(name, opened, items, to_example, processor, config, quarantine)
     if quarantine_file and len(quarantine):
         quarantine.write(quarantine_file)
     quarantine.check(config.data.max_bad)
@@ -117,8 +122,9 @@ def make_table(kept: Kept, numbers: "numpy.ndarray", to_example: ToExample, medi
         messages: list[Messages] = [load_row(example, folder, media) for example in examples]
         return {"messages": messages, **({"choices": choices} if any(choices) else {})}
 
-    table = kept.table if len(numbers) == len(kept.table) else kept.table.select(numbers)
-    return table.with_transform(convert)
+    # by content, so that a checkpoint knows its rows again in another process
+    fingerprint = hashlib.sha256(kept.contents[numbers].tobytes()).hexdigest()[:32]
+    return kept.table.with_transform(convert).select(numbers, new_fingerprint=fingerprint)
 
 
 def cut_splits(config: "Config", sources: dict[str, Source], kept: dict[str, Kept]) -> Parts:

@@ -13,6 +13,7 @@ from ..config import Config
 from ..data.collate import get_tokenizer
 from ..environment import set_environment
 from ..errors import ModelError
+from ..faults import strike
 from ..hardware import choose_device, choose_dtype, choose_engine, detect_hardware
 from ..tokens import offer_token
 from .timm_args import restore_model_args
@@ -182,6 +183,7 @@ def load_model(config: Config) -> tuple["PreTrainedModel", Any]:
         ModelError: the id or folder cannot be loaded, or the hardware cannot do what was asked.
     """
     engine = start_engine(config)
+    strike("load")
     processor = load_processor(config)  # a wrong id or a missing template shows before weights are read
     from safetensors import SafetensorError
 

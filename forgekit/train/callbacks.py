@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import math
+import os
 import time
 from pathlib import Path
 from statistics import median
@@ -12,7 +13,6 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerState
 
-from ..errors import ModelError
 from ..link import tell
 from ..run_folder import Run, finite, now, write_json
 from ..scrub import scrub
@@ -51,10 +51,14 @@ class RunLog(TrainerCallback):
         self.scores: list[tuple[int, float]] = []
         self.step_started = 0.0
         self.step_seconds: list[float] = []
+        self.state = TrainerState()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock and open the files."""
+        """Start the clock and open the files; after a resume begin with the losses up to it."""
+        self.state = state
+        self.losses, self.scores = find_curve(state)
         self.folder.mkdir(parents=True, exist_ok=True)
+        cut_half_line(self.folder / "metrics.jsonl")
         self.clock = Clock()
         self.clock.first_step = state.global_step
         self.write(f"training starts at step {state.global_step} of {state.max_steps}", stamp=f"{now()} ")
@@ -70,7 +74,7 @@ class RunLog(TrainerCallback):
         tell(done=state.global_step, seconds=self.step_seconds[-1])
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Write one line for a step, or for a score on held-out rows. Raises ModelError when the loss is not finite."""
+        """Write one line for a step, or for a score on held-out rows."""
         logs = dict(logs or {})
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(
@@ -87,15 +91,6 @@ class RunLog(TrainerCallback):
                 f"step {state.global_step:>5}/{state.max_steps}  loss {loss:.4f}  lr {logs.get('learning_rate', math.nan):.2e}  "
                 f"gradient {float(logs.get('grad_norm', math.nan)):.3f}  {self.speed()}{self.clock.seconds():.0f} s, {eta or 0:.0f} s left"
             )
-            if not math.isfinite(loss):
-                # an error and not a quiet stop: the weights are lost, and nothing behind may score or export them
-                problem = (
-                    f"The loss is {loss} at step {state.global_step}, so training stopped. Lower train.learning_rate; "
-                    "in float16 set model.dtype: bfloat16 or float32."
-                )
-                self.write(problem)
-                self.on_train_end(args, state, control)
-                raise ModelError(problem)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write metrics/training-stats.json."""
@@ -123,11 +118,32 @@ class RunLog(TrainerCallback):
         tokens = self.progress and self.progress.latest.tokens_per_second
         return f"{tokens:.0f} tokens/s  " if tokens else ""
 
+    def fail(self, error: BaseException) -> None:
+        """Write what ended training; transformers calls no callback then."""
+        if not isinstance(error, KeyboardInterrupt):
+            self.write(f"{type(error).__name__}: {error}".rstrip(": "), stamp=f"{now()} ")
+        self.on_train_end(None, self.state, None)
+
     def write(self, line: str, stamp: str = "") -> None:
         """Print a line and put it into logs/training.log, there with the time."""
         print(line, flush=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "training.log", "a", encoding="utf-8") as file:
             file.write(scrub(f"{stamp}{line}\n"))
+
+
+def find_curve(state: Any) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    """Return the losses and the held-out losses that a trainer's state remembers, each with its step."""
+    history = state.log_history
+    losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    return losses, [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
+
+
+def cut_half_line(path: Path) -> None:
+    """Cut off a last line that a full disk or a killed process left half written; JSON lines behind it would be lost too."""
+    whole = path.read_bytes() if path.exists() else b""
+    if whole and not whole.endswith(b"\n"):
+        os.truncate(path, whole.rfind(b"\n") + 1)
 
 
 def peak_gpu_memory() -> int | None:
@@ -209,6 +225,8 @@ class LiveCurve(TrainerCallback):
         from IPython.display import display
         from matplotlib.figure import Figure
 
+        losses, self.scores = find_curve(state)
+        self.steps, self.losses = [step for step, _ in losses], [loss for _, loss in losses]
         self.figure = Figure(figsize=(7, 3), layout="constrained")
         self.draw(state.max_steps)
         self.handle = display(self.picture(), raw=True, display_id=True)

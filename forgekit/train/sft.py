@@ -1,5 +1,6 @@
 """Supervised fine-tuning with TRL's SFTTrainer, set up from a Config."""
 
+import contextlib
 import functools
 import sys
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,11 @@ from ..model.load import start_engine
 from ..model.slice import record_slice
 from ..model.trust import describe_source
 from ..run_folder import Run, describe_settings, write_text
+from .exact import ExactTraining
+from .identity import identify
 from .learning_rates import scale_learning_rates
+from .order import Order
+from .resume import resume_training
 from .speed import train_fast, wants_fast_path, weigh_tokens_alike
 
 if TYPE_CHECKING:
@@ -32,15 +37,16 @@ def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config,
     """Return TRL's SFTTrainer, ready for `.train()`: our collator, held-out loss, checkpoints, log, status and curve.
 
     An interrupt (Ctrl-C, the notebook's Interrupt) ends the optimiser step, saves a checkpoint and lets `.train()` return;
-    a second one ends it at once, by KeyboardInterrupt.
+    a second one ends it at once, by KeyboardInterrupt. `.train()` goes on where the newest whole checkpoint of the run's folder
+    was taken, to the same weights as if it had never stopped (`train.resume`).
 
     Args:
         model: from `add_adapter`.
         data: from `load_data`; "validation" is scored every `train.eval_steps`.
         run: from `start_run`; everything is written below its folder.
 
-    Raises ConfigError when a setting names something that transformers does not know; `.train()` raises ModelError when
-    the loss is no longer finite.
+    Raises ConfigError when a setting names something that transformers does not know; `.train()` raises ModelError before
+    a step whose loss or gradient is not finite, and RunError when a checkpoint cannot be written or resumed.
     """
     engine = start_engine(config)
     plan = plan_layers(config, model.config)
@@ -52,6 +58,7 @@ def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config,
 
     from .callbacks import LiveCurve, RunLog, StatusFile  # they subclass transformers' own, so the engine comes first
     from .progress import Progress
+    from .saving import Checkpoints
     from .stop import StopSwitch
 
     progress = Progress()
@@ -62,6 +69,7 @@ def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config,
         callbacks.append(LiveCurve())
     if config.train.early_stopping:
         callbacks.append(EarlyStoppingCallback(config.train.early_stopping))
+    identity = identify(config, model, data)
     trainer = choose_trainer(config, engine)(
         model=model,
         args=make_arguments(config, engine, run),
@@ -71,6 +79,9 @@ def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config,
         processing_class=processor,
         callbacks=callbacks,
     )
+    checkpoints = Checkpoints(trainer, identity, config.train.save_minutes)
+    trainer.prepare(Order(len(data["train"]), config.train.seed), checkpoints)
+    trainer.add_callback(checkpoints)
     # seen to hold on plain transformers and for Unsloth on a CPU; on a GPU Unsloth compiles a loss of its own and decides
     if engine == "huggingface" or choose_device(config) == "cpu":
         weigh_tokens_alike(trainer)
@@ -82,7 +93,8 @@ def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config,
         from .tower_cache import cache_while_training
 
         cache_while_training(trainer, config, run)
-    guard_training(trainer, status, switch)
+    resume_training(trainer, config, run, log.write)
+    guard_training(trainer, log, status, switch)
     return trainer
 
 
@@ -103,8 +115,8 @@ def check_towers(plan: LayerPlan, rows: "Dataset") -> None:
     check_plan_against_data(plan, kinds)
 
 
-def guard_training(trainer: Any, status: Any, switch: Any) -> None:
-    """Let `trainer.train` end its step when it is interrupted, and tell status.json of an error before the error goes on."""
+def guard_training(trainer: Any, log: Any, status: Any, switch: Any) -> None:
+    """Let `trainer.train` end its step when it is interrupted, and tell log and status.json of an error before it goes on."""
     from .stop import catch_interrupt
 
     train = trainer.train
@@ -115,22 +127,27 @@ def guard_training(trainer: Any, status: Any, switch: Any) -> None:
             with catch_interrupt(switch):
                 return train(*args, **kwargs)
         except BaseException as error:
-            status.fail(error)
+            for teller in (log, status):
+                with contextlib.suppress(OSError):  # the disk may be full, and that may be the error
+                    teller.fail(error)
             raise
 
     trainer.train = train_and_report
 
 
 def choose_trainer(config: Config, engine: str) -> "type[SFTTrainer]":
-    """Return TRL's trainer; without a GPU and without Unsloth, one whose loss is transformers' own.
+    """Return TRL's trainer that resumes exactly; without a GPU and without Unsloth, one whose loss is transformers' own.
 
     TRL 1.15 computes the loss in a Triton kernel also on a CPU, where Triton finds no driver ("0 active drivers").
     """
     from transformers import Trainer
     from trl import SFTTrainer
 
+    class ExactSFTTrainer(ExactTraining, SFTTrainer):
+        pass
+
     if engine == "unsloth" or choose_device(config) == "cuda":
-        return SFTTrainer
+        return ExactSFTTrainer
 
     class CpuSFTTrainer(SFTTrainer):
         def compute_loss(
@@ -139,7 +156,10 @@ def choose_trainer(config: Config, engine: str) -> "type[SFTTrainer]":
             inputs["use_cache"] = False  # as TRL sets it: a cache is of no use without generation
             return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
-    return CpuSFTTrainer
+    class ExactCpuSFTTrainer(ExactTraining, CpuSFTTrainer):
+        pass
+
+    return ExactCpuSFTTrainer
 
 
 def make_arguments(config: Config, engine: str, run: Run) -> "SFTConfig":
@@ -170,7 +190,7 @@ def make_arguments(config: Config, engine: str, run: Run) -> "SFTConfig":
             eval_steps=train.eval_steps,
             save_strategy="steps" if save_steps else "no",
             save_steps=save_steps or 500,
-            save_total_limit=2,
+            restore_callback_states_from_checkpoint=True,  # early stopping goes on counting
             load_best_model_at_end=bool(train.eval_steps),
             metric_for_best_model="eval_loss" if train.eval_steps else None,
             greater_is_better=False if train.eval_steps else None,

@@ -11,6 +11,8 @@ from transformers import TrainerCallback
 
 from ..run_folder import Run
 
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+
 
 class StopSwitch(TrainerCallback):
     """Two events that any thread may set: `stop` (save a checkpoint, then end training) and `save` (a checkpoint only).
@@ -66,23 +68,27 @@ class StopSwitch(TrainerCallback):
 
 @contextlib.contextmanager
 def catch_interrupt(switch: StopSwitch) -> Iterator[None]:
-    """Make the first interrupt (Ctrl-C, the notebook's Interrupt) do what Stop does; the second ends training at once.
+    """Make the first interrupt (Ctrl-C, the notebook's Interrupt) or SIGTERM do what Stop does; the second ends training at once.
 
-    Interrupts reach the main thread alone, and one that is ignored (`nohup`) stays ignored.
+    Signals reach the main thread alone, and one that is ignored (`nohup`) stays ignored.
     """
-    before = signal.getsignal(signal.SIGINT)
-    catch = threading.current_thread() is threading.main_thread() and callable(before)
+    main = threading.current_thread() is threading.main_thread()
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in STOPPING} if main else {}
+    caught = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
 
     def ask(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGINT, before)
+        handler = caught[number]
+        signal.signal(number, handler)
         switch.stop.set()
+        if callable(handler) and handler is not signal.default_int_handler:  # a supervised kernel tells its supervisor
+            handler(number, frame)
 
-    if catch:
-        signal.signal(signal.SIGINT, ask)
+    for number in caught:
+        signal.signal(number, ask)
     try:
         yield
     finally:
-        if catch:
-            signal.signal(signal.SIGINT, before)
+        for number, handler in caught.items():
+            signal.signal(number, handler)
         switch.stop.clear()
         switch.save.clear()

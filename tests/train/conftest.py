@@ -1,5 +1,7 @@
 """Small Gemma 3n models and random batches, for comparing a forward with the library's own."""
 
+import gc
+import json
 import random
 from typing import Any
 
@@ -103,3 +105,57 @@ def small() -> Any:
     return types.SimpleNamespace(
         text_model=small_text_model, add_lora=add_lora, draw_batch=draw_batch, gradients=find_gradients, difference=find_difference
     )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory: pytest.TempPathFactory, small_tokenizer: Any) -> Any:
+    """A text-only checkpoint of `small_text_model` in float32, with its tokenizer: it loads and trains in a second."""
+    folder = tmp_path_factory.mktemp("text") / "random-text"
+    words = len(small_tokenizer)
+    special = {f"{name}_token_id": getattr(small_tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": words, "vocab_size_per_layer_input": words}
+    model = small_text_model(dtype="float32", **sizes, **special)
+    model.save_pretrained(folder)
+    small_tokenizer.save_pretrained(folder)
+    gc.collect()
+    gc.freeze()  # transformers collects garbage before each training, a second's work on the memory of these libraries
+    return folder
+
+
+@pytest.fixture
+def make_run(make_config: Any, text_folder: Any, tmp_path: Any) -> Any:
+    """Returns a function: settings, name -> the trainer of a short run of it on short rows, with its `run` and `config`.
+
+    A name that was used before is gone on with, as under `forgekit run`.
+    """
+    from forgekit import add_adapter, load_data, load_model, sft_trainer, start_run
+
+    lines = [{"prompt": f"Question {number}?", "completion": f"{number} it is"} for number in range(60)]
+    rows = tmp_path / "short.jsonl"
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+    def make(settings: Any = None, name: str = "run", to_example: Any = None) -> Any:
+        short = {
+            "data.path": str(rows),
+            "model.id": str(text_folder),
+            "model.max_length": 512,
+            "train.save_steps": 2,
+            "train.gradient_accumulation_steps": 1,
+        }
+        config = make_config(short | {"train.max_steps": 4, "adapter.lora_dropout": 0.1} | (settings or {}))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("FORGEKIT_RUN", name)
+            run = start_run(config, name)
+        model, processor = load_model(config)
+        trainer = sft_trainer(
+            add_adapter(model, config), processor, load_data(config, processor, to_example), config, run
+        )
+        trainer.run, trainer.config = run, config
+        runs.append(run)
+        return trainer
+
+    runs: list[Any] = []
+    yield make
+    for run in runs:
+        if run._lock:
+            run.finish("stopped")

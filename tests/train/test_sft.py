@@ -271,9 +271,10 @@ def test_held_out_rows_are_scored_every_eval_steps_and_never_trained_on(make_con
     assert not {str(example["messages"]) for example in trainer.train_dataset} & set(validation)
 
 
-def test_without_eval_steps_nothing_is_scored_or_kept(make_config: Any) -> None:
+def test_without_eval_steps_nothing_is_scored_and_the_last_step_is_kept(make_config: Any) -> None:
     trainer = train(make_config({"train.max_steps": 1}))[1]
-    assert not held_out(trainer) and not list(Path(trainer.args.output_dir).glob("checkpoint-*"))
+    assert not held_out(trainer)
+    assert [path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*")] == ["checkpoint-1"]
 
 
 def test_a_name_that_transformers_does_not_know_is_a_sentence(make_config: Any) -> None:

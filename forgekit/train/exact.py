@@ -1,0 +1,118 @@
+"""What `sft_trainer` adds to TRL's trainer, so that a training resumes exactly, and stops where a number is none."""
+
+import math
+from typing import Any
+
+from ..data.randomness import kept_random_numbers
+from ..errors import ModelError
+from ..faults import strike
+from .order import Order, SeededRows
+
+SCALE_STEPS = 20  # float16 starts with losses scaled by 65536 and halves that at each overflow: below 1 after 17
+
+
+class ExactTraining:
+    """Stands before a transformers trainer among the bases of a class; `prepare` completes it.
+
+    order: which rows are learned from when. checkpoints: when and how they are saved. step_losses: of the batches since the
+    last optimiser step, on their device.
+    """
+
+    order: Order
+    checkpoints: Any
+    step_losses: list[Any]
+    overflows: int
+
+    def prepare(self, order: Order, checkpoints: Any) -> None:
+        """Set what is needed."""
+        self.order, self.checkpoints = order, checkpoints
+        self.step_losses, self.overflows = [], 0
+
+    # ---- rows -------------------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
+        return self.order
+
+    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        rows = SeededRows(dataset, self.order) if is_training else dataset
+        return super()._get_dataloader(rows, *args, is_training=is_training, **kwargs)  # type: ignore[misc]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Score without drawing from training's random numbers: a score more or less changes no dropout."""
+        with kept_random_numbers():
+            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.checkpoints.save()
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        trainer: Any = self
+        if trainer.state.global_step >= trainer.state.max_steps:  # transformers would take one step more
+            trainer.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
+
+    # ---- guards -----------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Pass the fault point `forward`."""
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        return found if return_outputs else strike("forward", found)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Note the batch's loss."""
+        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        strike("backward")
+        self.step_losses.append(loss)
+        return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        norm = super()._get_grad_norm(*args, **kwargs)  # type: ignore[misc]
+        losses, self.step_losses = self.step_losses, []
+        self.check_finite(losses, norm)
+        return norm
+
+    def check_finite(self, losses: list[Any], norm: Any) -> None:
+        """Raise ModelError, naming the rows, when a loss or the gradient's length is no number; the weights are still good.
+
+        In float16 a gradient that is too large is no error: the scaler leaves the step out and halves its scale.
+        """
+        import torch
+
+        numbers = torch.stack(
+            [*(loss.float() for loss in losses), torch.as_tensor(norm, device=losses[0].device).float()]
+        )
+        if bool(torch.isfinite(numbers).all()):
+            self.overflows = 0
+            return
+        *found, length = numbers.tolist()
+        bad = [number for number, loss in enumerate(found) if not math.isfinite(loss)]
+        trainer: Any = self
+        if not bad and trainer.accelerator.scaler is not None:
+            self.overflows += 1
+            if self.overflows < SCALE_STEPS:
+                return
+        args, step = trainer.args, trainer.state.global_step
+        size = args.train_batch_size
+        rows = self.order.find_rows(step, size * args.gradient_accumulation_steps * args.world_size)
+        if bad:
+            what = f"The loss is {found[bad[0]]}"
+            rows = [row for number in bad for row in rows[number * size : (number + 1) * size]]
+        else:
+            what = f"The gradient's length is {length}"
+        raise ModelError(
+            f"{what} at step {step + 1}, so training stopped before the weights were changed. Rows of this step: "
+            f"{', '.join(name_rows(trainer.train_dataset, rows))}. Look at them, or lower train.learning_rate; in float16 set "
+            "model.dtype: bfloat16 or float32."
+        )
+
+
+def name_rows(dataset: Any, rows: list[int]) -> list[str]:
+    """Return where rows came from, file:line, or their numbers in the training rows, counted from 0, where that is not known."""
+    if "source" not in getattr(dataset, "column_names", ()):
+        return [f"train row {row}" for row in rows]
+    return list(dataset.with_format(None)[rows]["source"])

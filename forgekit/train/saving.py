@@ -1,0 +1,122 @@
+"""When a checkpoint is saved, what goes into it, and what comes back out of it: the part of a training that its files do not hold."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from ..faults import strike
+from .checkpoint import read_manifest, rotate, write_whole
+from .identity import Identity
+
+
+class Checkpoints(TrainerCallback):
+    """Saves after an optimiser step: every `save_steps`, every `minutes`, for a new best score and at the end of training.
+
+    The best and the newest checkpoints stay; older ones go once a new one has been read back.
+    """
+
+    def __init__(self, trainer: Any, identity: Identity, minutes: float | None):
+        self.trainer, self.identity, self.minutes = trainer, identity, minutes
+        self.folder = Path(trainer.args.output_dir)
+        self.resumed: Path | None = None
+        self.saved_at = time.monotonic()
+        self.stepping = False  # between the first and the last weight that the optimiser changes
+
+    # ---- when -------------------------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock; after a resume put back what transformers forgets."""
+        self.saved_at, self.stepping = time.monotonic(), False
+        self.trainer.step_losses.clear()
+        if self.resumed:
+            state.compute_steps(args, state.max_steps)  # the settings of now, not those in the checkpoint
+            self.find_best(state)
+            put_back_losses(self.trainer, read_manifest(self.resumed)["since_log"])
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell the order of rows which epoch it is."""
+        order = self.trainer.order
+        order.epoch = state.global_step // -(-len(order) // count_rows(args))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for a checkpoint when the last one is old, and after the last step."""
+        old = self.minutes is not None and time.monotonic() - self.saved_at >= 60 * self.minutes
+        control.should_save |= old or state.global_step >= state.max_steps
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """Ask for a checkpoint of the best weights; transformers compares the score only after this."""
+        score = (metrics or {}).get("eval_loss")
+        control.should_save |= score is not None and (state.best_metric is None or score < state.best_metric)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note that weights change from here on."""
+        strike("before_step")
+        self.stepping = True
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note that all weights have changed."""
+        self.stepping = False
+        strike("after_step")
+
+    # ---- what -------------------------------------------------------------------------------------------------------
+
+    def save(self) -> Path:
+        """Write a checkpoint of this moment, which must not lie inside an optimiser step. Raises RunError."""
+        trainer, state = self.trainer, self.trainer.state
+        path = self.folder / f"checkpoint-{state.global_step}"
+        trainer.store_flos()
+        self.find_best(state, path)
+        about = {
+            "step": state.global_step,
+            "batch": {"rows": trainer.args.per_device_train_batch_size, "accumulated": trainer.args.gradient_accumulation_steps},
+            "since_log": note_losses(trainer),
+            "identity": self.identity,
+        }  # fmt: skip
+        write_whole(path, self.write, about)
+        rotate(self.folder, {path.name, Path(state.best_model_checkpoint or "").name})
+        self.saved_at = time.monotonic()
+        return path
+
+    def write(self, folder: Path) -> None:
+        """Write weights, optimiser, schedule, random numbers and the trainer's state.
+
+        transformers' own way would add training_args.bin, a pickle that holds the Hub token in clear, and the tokenizer.
+        """
+        trainer = self.trainer
+        trainer.model.save_pretrained(str(folder))
+        strike("save_write")
+        trainer._save_optimizer_and_scheduler(str(folder))
+        trainer._save_scaler(str(folder))
+        trainer._save_rng_state(str(folder))
+        for part in [*trainer.callback_handler.callbacks, trainer.control]:
+            if isinstance(part, ExportableState):
+                trainer.state.stateful_callbacks[type(part).__name__] = part.state()
+        trainer.state.save_to_json(str(folder / "trainer_state.json"))
+
+    def find_best(self, state: Any, new: Path | None = None) -> None:
+        """Let the state name the checkpoint with the best score, where it stands now: a run's folder may have been moved."""
+        best = self.folder / f"checkpoint-{state.best_global_step}"
+        state.best_model_checkpoint = str(best) if state.best_global_step and (best == new or best.is_dir()) else None
+
+
+def count_rows(args: Any) -> int:
+    """Return the rows of one optimiser step, over all accumulated batches and all processes."""
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def note_losses(trainer: Any) -> dict[str, Any]:
+    """Return the loss added up since the last line of the log and over the whole training; a float's text in JSON is exact."""
+    return {
+        "loss": trainer._tr_loss.item(),
+        "step": trainer._globalstep_last_logged,
+        "total": trainer._total_loss_scalar,
+    }
+
+
+def put_back_losses(trainer: Any, noted: dict[str, Any]) -> None:
+    """Go on adding where the checkpoint was taken, so that the next line of the log is the mean over all of its steps."""
+    trainer._tr_loss.fill_(noted["loss"])
+    trainer._globalstep_last_logged, trainer._total_loss_scalar = noted["step"], noted["total"]
