@@ -51,6 +51,7 @@ def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config,
 
     from .callbacks import LiveCurve, RunLog, StatusFile  # they subclass transformers' own, so the engine comes first
     from .stop import StopSwitch
+    from .tower_cache import cache_while_training
 
     log, status = RunLog(run), StatusFile(run, config.train.status_file)
     switch = StopSwitch(run, log.write)
@@ -75,18 +76,9 @@ def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config,
     remove_default_output(trainer)
     if wants_fast_path(config, engine):
         train_fast(trainer, config, run)
-    if base_has_towers(trainer.model):
-        from .tower_cache import cache_while_training
-
-        cache_while_training(trainer, config, run)
+    cache_while_training(trainer, config, run)
     guard_training(trainer, status, switch)
     return trainer
-
-
-def base_has_towers(model: Any) -> bool:
-    """Say whether a model has towers that a cache can stand in front of."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return any(hasattr(getattr(base, "model", None), name) for name in ("vision_tower", "audio_tower"))
 
 
 def check_towers(plan: LayerPlan, rows: "Dataset") -> None:
