@@ -351,7 +351,7 @@ def test_settings_of_the_wrong_shape_are_refused(settings: Any, message: str) ->
         ({"adapter.layers": "mlp"}, "it should be a list, for instance [a, b]."),
         (
             {"export.formats": ["gguf"]},
-            "it should be 'adapter', 'merged', 'gguf:f16', 'gguf:bf16', 'gguf:q8_0', 'gguf:q4_k_m' or 'ollama'.",
+            "it should be 'adapter', 'merged', 'gguf:f16', 'gguf:bf16', 'gguf:q8_0', 'gguf:q4_k_m', 'gguf:mmproj' or 'ollama'.",
         ),
         ({"model.load_in": 4}, "it should be '4bit', '8bit', '16bit' or 'full'."),
         ({"model.dtype": "bf16"}, "it should be 'auto', 'bfloat16', 'float16' or 'float32'."),

@@ -20,7 +20,12 @@ PAIR = 3.0  # bytes a unit of feed-forward width more while a pair of layers is 
 INSIDE = (12.0, 22.9)  # a compiled layer that computes itself again inside of its backward, as KEPT
 LOSS_ROWS = 256  # train/loss.py, CHUNK_LOGITS
 LOSS_BYTES = {"eager": 20.0, "compiled": 5.3}  # of one logit
-SPAN, PAIRED_TOKENS = 2, 12_288  # train/recompute.py
+# Layers that are computed again together when nothing is kept. With n layers in groups of k, the start of n / k groups is kept, and
+# the work of k layers exists at once; a layer of E2B works on 4.5 times the bytes of its start (benchmarks/README.md), so 2 is best.
+SPAN = 2
+# A compiled layer computes itself again inside of its own backward, at no cost to the CPU; pairs go through torch's checkpoint, which
+# takes the CPU 0.2 s a step. From so many tokens on the GPU has more to do than the CPU, and the smaller peak is free.
+PAIRED_TOKENS = 12_288
 
 
 @dataclass(frozen=True)

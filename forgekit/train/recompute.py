@@ -10,14 +10,10 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 
+from ..adapter.fast_memory import PAIRED_TOKENS, SPAN
+
 GIB = 2**30
 RESERVE = 2 * GIB  # of the GPU's memory: chunks of logits, one layer's backward, the optimiser
-# Layers that are computed again together when nothing is kept. With n layers in groups of k, the start of n / k groups is kept, and
-# the work of k layers exists at once; a layer of E2B works on 4.5 times the bytes of its start (benchmarks/README.md), so 2 is best.
-SPAN = 2
-# A compiled layer computes itself again inside of its own backward, at no cost to the CPU; pairs go through torch's checkpoint, which
-# takes the CPU 0.2 s a step. From so many tokens on the GPU has more to do than the CPU, and the smaller peak is free.
-PAIRED_TOKENS = 12_288
 SHARE = 0.9  # of the GPU's memory that "auto" plans with; the rest is for fragments
 
 

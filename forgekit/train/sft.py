@@ -60,6 +60,7 @@ def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config,
     from .progress import Progress
     from .saving import Checkpoints
     from .stop import StopSwitch
+    from .tower_cache import cache_while_training
 
     progress = Progress()
     log, status = RunLog(run, progress), StatusFile(run, config.train.status_file)
@@ -89,19 +90,10 @@ def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config,
     remove_default_output(trainer)
     if wants_fast_path(config, engine):
         train_fast(trainer, config, run)
-    if base_has_towers(trainer.model):
-        from .tower_cache import cache_while_training
-
-        cache_while_training(trainer, config, run)
+    cache_while_training(trainer, config, run)
     resume_training(trainer, config, run, log.write)
     guard_training(trainer, log, status, switch)
     return trainer
-
-
-def base_has_towers(model: Any) -> bool:
-    """Say whether a model has towers that a cache can stand in front of."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return any(hasattr(getattr(base, "model", None), name) for name in ("vision_tower", "audio_tower"))
 
 
 def check_towers(plan: LayerPlan, rows: "Dataset") -> None:

@@ -22,6 +22,7 @@ import torch
 from ..config import Config
 from ..hardware import GIB, choose_device
 from ..run_folder import Run
+from .park import TOWERS
 from .speed import count_batches, find_media
 
 LIMIT = 4 * GIB  # of the machine's memory, for each tower; features of a picture take 1 MB in 16 bit
@@ -151,17 +152,16 @@ def cache_towers(base: Any, used: set[str]) -> Iterator[dict[str, TowerCache]]:
         base: a Gemma3nForConditionalGeneration.
         used: kinds of media in the data, of "image" and "audio".
     """
-    names = {"image": "vision_tower", "audio": "audio_tower"}
     caches = {}
-    for kind in sorted(used & names.keys()):
-        tower = getattr(base.model, names[kind], None)
+    for kind in sorted(used & TOWERS.keys()):
+        tower = getattr(getattr(base, "model", None), TOWERS[kind], None)
         if tower is None or any(p.requires_grad for p in tower.parameters()) or "forward" in vars(tower):
             continue
         random = find_random(tower)
         if random:
-            print(f"{names[kind]}: not cached, because {random} draws random numbers")
+            print(f"{TOWERS[kind]}: not cached, because {random} draws random numbers")
             continue
-        caches[names[kind]] = tower.forward = TowerCache(tower)
+        caches[TOWERS[kind]] = tower.forward = TowerCache(tower)
     try:
         yield caches
     finally:

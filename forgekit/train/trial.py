@@ -2,7 +2,7 @@
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +13,19 @@ Gradients = tuple[float, dict[str, Any]]  # a loss, and parameter -> gradient in
 
 
 @contextlib.contextmanager
+def changed(modules: Iterable[Any], name: str, value: Any) -> Iterator[None]:
+    """Give an attribute of some modules another value, and put each one's own back."""
+    before = {module: getattr(module, name) for module in modules}
+    try:
+        for module in before:
+            setattr(module, name, value)
+        yield
+    finally:
+        for module, own in before.items():
+            setattr(module, name, own)
+
+
+@contextlib.contextmanager
 def no_trace(model: Any) -> Iterator[None]:
     """Put back, bit for bit: weights that learn, their gradients, training mode, random state, and dropout, which is off inside.
 
@@ -20,16 +33,13 @@ def no_trace(model: Any) -> Iterator[None]:
     """
     modes = {module: module.training for module in model.modules()}
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
-    dropouts = {module: module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
     python, cpu = random.getstate(), torch.get_rng_state()
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
     try:
-        for module in dropouts:
-            module.p = 0.0
-        yield
+        with changed(dropouts, "p", 0.0):
+            yield
     finally:
-        for module, p in dropouts.items():
-            module.p = p
         for module, mode in modes.items():
             module.training = mode
         for parameter, gradient in gradients.items():
@@ -113,31 +123,23 @@ def in_float32(base: Any, chosen: list[int]) -> Iterator[None]:
     modules = [*outside, *(text.layers[number] for number in chosen), base.get_output_embeddings()]
     half = (torch.float16, torch.bfloat16)
     weights = {p: p.data for module in modules for p in module.parameters() if p.dtype in half}
-    packed = {m: m.compute_dtype for module in modules for m in module.modules() if getattr(m, "compute_dtype", None) in half}  # fmt: skip
+    packed = [m for module in modules for m in module.modules() if getattr(m, "compute_dtype", None) in half]
     try:
         for parameter in weights:
             parameter.data = parameter.data.float()
-        for unit in packed:
-            unit.compute_dtype = torch.float32
-        yield
+        with changed(packed, "compute_dtype", torch.float32):
+            yield
     finally:
         for parameter, data in weights.items():
             parameter.data = data
-        for unit, dtype in packed.items():
-            unit.compute_dtype = dtype
 
 
 @contextlib.contextmanager
 def without_checkpointing(model: Any) -> Iterator[None]:
     """Keep everything that the backward needs, whatever the model was set to."""
     modules = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-    try:
-        for module in modules:
-            module.gradient_checkpointing = False
+    with changed(modules, "gradient_checkpointing", False):
         yield
-    finally:
-        for module in modules:
-            module.gradient_checkpointing = True
 
 
 def find_loss(model: Any, batch: dict[str, Any], use_cache: bool = False) -> Any:

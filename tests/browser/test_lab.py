@@ -77,7 +77,7 @@ def text(lab: Server, browser: Any, pictures: Path) -> Iterator[Opened]:
     with photographing(page, pictures / "failed.png"):
         command(page, "notebook:run-all-above", "config = panel.config")
         layers = find_layers(page)
-        layers.wait_for(timeout=2 * SECONDS)
+        layers.wait_for(timeout=5 * SECONDS)
         wait_for_end(find_cell(page, "panel = fk.LayerPanel"))
         changes = {
             "tower": switch_tower(layers, "vision"),

@@ -88,9 +88,9 @@ def vision(lab: Server, browser: Any, pictures: Path) -> Iterator[Opened]:
     with photographing(page, pictures / "failed.png"):
         command(page, "notebook:run-all-cells")
         layers = find_layers(page)
-        layers.wait_for(timeout=2 * SECONDS)
+        layers.wait_for(timeout=5 * SECONDS)
         given = read_totals(layers)
-        page.locator(".forgekit-step", has_text=re.compile(r"step [1-9]")).wait_for(timeout=2 * SECONDS)
+        page.locator(".forgekit-step", has_text=re.compile(r"step [1-9]")).wait_for(timeout=5 * SECONDS)
         changes = {
             "tower": switch_tower(layers, "vision"),
             "range": type_layers(layers, "last 3"),
@@ -98,7 +98,7 @@ def vision(lab: Server, browser: Any, pictures: Path) -> Iterator[Opened]:
         }
         busy = is_running(page, CELL)
         watched = watch_training(page)
-        wait_for_end(find_cell(page, "run.finish()\n"), 2 * SECONDS)
+        wait_for_end(find_cell(page, "run.finish()\n"), 5 * SECONDS)
     yield Opened(page, lab.folder / "forgekit_runs" / "vision", given, changes, busy, watched)
     close_notebook(page)
 

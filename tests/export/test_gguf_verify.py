@@ -19,6 +19,7 @@ from forgekit.export.gguf_reference import divide_as_llama, list_chats, list_tex
 from forgekit.export.gguf_tensors import Tensor
 from forgekit.export.gguf_verify import OWN_ANSWER, answer_chats, verify_gguf
 from forgekit.export.verdict import Verdict
+from tests.export.drawn import draw_adapter
 
 SAME = "mean KL with llama.cpp's cut-off, nats a token"
 
@@ -58,7 +59,6 @@ def learned(llama_folder: Path, orders_file: Path) -> Any:
 
 def make_learned_model(folder: Path, orders_file: Path, size: float = 0.1) -> Any:
     """Returns (model, processor, config); every matrix of the adapter is drawn, none is zero."""
-    import torch
 
     from forgekit import add_adapter, load_config, load_model
 
@@ -67,10 +67,7 @@ def make_learned_model(folder: Path, orders_file: Path, size: float = 0.1) -> An
     config = load_config(None, settings)
     model, processor = load_model(config)
     model = add_adapter(model, config)
-    generator = torch.Generator().manual_seed(11)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, size, generator=generator)
+    draw_adapter(model, 11, size)
     return model.eval(), processor, config
 
 

@@ -26,6 +26,7 @@ from forgekit.export.gguf_vision_verify import (
     verify_vision,
 )
 from forgekit.export.llama_vision import Settings, load_mtmd, read_soft_tokens
+from tests.export.drawn import draw_adapter
 
 os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # a failed assertion there would start a debugger
 
@@ -65,7 +66,6 @@ def make_folder(folder: Path, seed: int = 0, released: bool = False) -> Path:
 
 def make_seeing(folder: Path, orders_file: Path) -> Any:
     """Returns (model, processor, config): tower and projection have an adapter of which no matrix is zero."""
-    import torch
 
     from forgekit import add_adapter, load_config, load_model
 
@@ -74,10 +74,7 @@ def make_seeing(folder: Path, orders_file: Path) -> Any:
     config = load_config(None, settings)
     model, processor = load_model(config)
     model = add_adapter(model, config)
-    generator = torch.Generator().manual_seed(11)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.1, generator=generator)
+    draw_adapter(model, 11)
     return model.eval(), processor, config
 
 

@@ -25,6 +25,7 @@ from forgekit.export.verify_adapter import (
     verify_adapter,
 )
 from forgekit.export.verify_merged import verify_merged
+from tests.export.drawn import draw_adapter
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +46,10 @@ def config(tiny_folder: Path, orders_file: Path) -> Any:
 @pytest.fixture(scope="module")
 def trained(config: Any) -> tuple[Any, Any, Any]:
     """A model whose adapter says something, its processor, and held-out rows."""
-    import torch
 
     model, processor = load_model(config)
     model = add_adapter(model, config)
-    generator = torch.Generator().manual_seed(5)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.1, generator=generator)
+    draw_adapter(model, 5)
     rows = load_data(config, processor)["test"]
     return model.eval(), processor, rows
 

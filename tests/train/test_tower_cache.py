@@ -6,7 +6,7 @@ import pytest
 
 from forgekit import add_adapter, load_data, load_model, sft_trainer, start_run
 from forgekit.run_folder import read_json
-from forgekit.train.tower_cache import TowerCache, cache_towers, make_keys
+from forgekit.train.tower_cache import TIMED, TowerCache, cache_towers, make_keys
 
 PICTURES = {"data.path": "sample:digits", "data.validation": 4, "data.test": 4}
 SOUND = {"data.path": "sample:tones", "data.validation": 4, "data.test": 4}
@@ -29,7 +29,7 @@ def test_items_are_computed_once_and_come_back_in_their_places() -> None:
     import torch
 
     tower = CountedTower()
-    cache = TowerCache(tower)
+    cache = TowerCache(tower, timed=TIMED)  # doubling takes no time, so it would give up
     values = torch.arange(12.0).view(4, 3)
     first = cache(values[[0, 1]]).last_hidden_state
     mixed = cache(values[[2, 1, 0, 3]]).last_hidden_state
@@ -51,7 +51,7 @@ def test_a_full_store_goes_on_computing() -> None:
     import torch
 
     tower = CountedTower()
-    cache = TowerCache(tower, limit=3 * 4)
+    cache = TowerCache(tower, limit=3 * 4, timed=TIMED)
     values = torch.arange(6.0).view(2, 3)
     for _ in range(2):
         assert torch.equal(cache(values).last_hidden_state, values * 2)
