@@ -1,0 +1,1 @@
+"""Many headless runs from one file: which points, in which order, on which machines."""
