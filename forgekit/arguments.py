@@ -21,6 +21,13 @@ def read_seconds(text: str) -> float:
     return seconds
 
 
+def read_number(text: str) -> int:
+    """Turn "3" into 3; nothing below zero."""
+    if not text.isascii() or not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0")
+    return int(text)
+
+
 def spread_set(arguments: list[str]) -> list[str]:
     """Write `--set a=1 b=2 file` as `--set=a=1 --set=b=2 file`: argparse would take the file for a setting."""
     spread: list[str] = []

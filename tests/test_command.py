@@ -10,7 +10,8 @@ import nbformat
 import pytest
 
 from forgekit import __version__, doctor
-from forgekit.__main__ import main, read_assignments, read_seconds
+from forgekit.__main__ import main
+from forgekit.arguments import read_assignments, read_seconds
 from forgekit.doctor import BAD, NOTE, OK, Finding
 from forgekit.errors import ConfigError
 from forgekit.run_folder import Run, read_json

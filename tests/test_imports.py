@@ -38,6 +38,8 @@ TIERS = (
     ("train",),
     ("export",),
     ("panels", "runs", "project", "doctor", "arguments"),
+    ("sweep",),
+    ("command",),
     ("__main__",),
 )
 RANKS = {name: rank for rank, names in enumerate(TIERS) for name in names}

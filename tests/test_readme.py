@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from forgekit.__main__ import main, make_parser, read_assignments
+from forgekit.__main__ import main, make_parser
+from forgekit.arguments import read_assignments
 from forgekit.config import NAMES, load_config
 from forgekit.model.shapes import make_released_config
 from forgekit.model.slice_plan import plan_slice

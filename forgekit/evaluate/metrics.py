@@ -173,10 +173,14 @@ def find_metrics(config: Config) -> list[Metric]:
 
     Raises ConfigError when a function of the user's cannot be imported.
     """
+    return [find_metric(name, config) for name in name_metrics(config)]
+
+
+def name_metrics(config: Config) -> list[str]:
+    """Return the names of the metrics that are computed; nothing of the user's is imported."""
     names = list(config.evaluate.metric)
     answered = any(name not in KNOWN or KNOWN[name].needs == "prediction" for name in names)
-    names += [name for name in ("exact_match",) * answered + ("loss",) if name not in names]
-    return [find_metric(name, config) for name in names]
+    return names + [name for name in ("exact_match",) * answered + ("loss",) if name not in names]
 
 
 def find_metric(name: str, config: Config | None = None) -> Metric:

@@ -1,0 +1,90 @@
+"""`forgekit sweep`: checked, locked, run on a backend, compared."""
+
+import sys
+from pathlib import Path
+
+from ..environment import set_environment
+from ..run_folder import explain_disk
+from ..run_lock import lock_folder
+from .board import Board
+from .control import Control
+from .job import Backend
+from .local import Local
+from .plan import Plan, plan_sweep
+from .results import read_results
+from .search import OptunaSearch
+from .source import Listed
+
+BACKENDS = ("local", "ray", "slurm")
+
+
+def run_sweep(
+    file: Path,
+    backend: str = "local",
+    address: str | None = None,
+    slots: int | None = None,
+    retries: int | None = None,
+    only_missing: bool = False,
+) -> int:
+    """Run every point of a sweep that has not been run, and write the comparison into the sweep's folder.
+
+    Args:
+        file: SWEEP.yaml.
+        backend: where the runs are made: local, ray or slurm.
+        address: of the Ray cluster, or the partition that Slurm is asked for.
+        slots: how many runs go on at once; None: as many as the backend has room for.
+        retries: how often a run that failed goes on from its last checkpoint; None: as the file says.
+        only_missing: also try again what failed in an earlier call.
+
+    Returns the exit code: 0 all completed, 1 some did not, 128 + n after signal n.
+
+    Raises:
+        ConfigError: before anything starts, with every problem of the file and its points.
+        RunError: the sweep's folder is in use, or the backend cannot be reached.
+    """
+    set_environment()
+    plan = plan_sweep(file)
+    if retries is not None:
+        plan.sweep = plan.sweep.model_copy(update={"retries": retries})
+    with explain_disk(plan.folder):
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(plan.folder)
+    try:
+        source = OptunaSearch(plan, plan.folder) if plan.sweep.search else Listed(plan.points)
+        place, has_gpu = open_backend(backend, address, slots, plan)
+        board = Board(sys.stdout)
+        board.say(f"sweep {plan.sweep.name}: {count_runs(plan)}, {plan.folder}")
+        control = Control(plan, place, source, board, plan.sweep.retries, only_missing, has_gpu)
+        code = control.run()
+        board.end()
+        print(f"\n{read_results(plan.folder)!r}\n\nResults: {plan.folder / 'results.csv'}, .parquet, .png")
+        return code
+    finally:
+        lock.close()
+
+
+def show_plan(file: Path) -> str:
+    """Check a sweep as a whole and return its points, one a line; nothing is written or started."""
+    from ..table import write_value
+
+    plan = plan_sweep(file)
+    lines = [f"{point.name}  {write_value(point.settings)}" for point in plan.points]
+    ranges = plan.sweep.search.space.items() if plan.sweep.search else ()
+    lines += [f"{name}  {place.kind} {write_value(place.values)}" for name, place in ranges]
+    better = "more" if plan.maximize else "less"
+    return "\n".join([f"{count_runs(plan)}, compared by {plan.score} ({better} is better), {plan.folder}", *lines])
+
+
+def count_runs(plan: Plan) -> str:
+    """Return "12 runs", or how many a search makes."""
+    search = plan.sweep.search
+    return f"a search of {search.runs} runs" if search else f"{len(plan.points)} runs"
+
+
+def open_backend(name: str, address: str | None, slots: int | None, plan: Plan) -> tuple[Backend, bool]:
+    """Return the backend, and whether its machines are taken to have GPUs.
+
+    Raises ConfigError when its library is missing.
+    """
+    local = Local(slots, plan.sweep.gpus)
+    return local, bool(local.devices)
