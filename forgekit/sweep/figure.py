@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from .results import Results
 
 PANELS = 6  # settings drawn at most, those of the most different values
+TICKS = 6  # values that are written below an axis each
 LEGEND = 10  # runs named in the legend at most
-WIDE = 20  # highest over lowest value from which an axis is logarithmic
+WIDE = 8  # highest over lowest value from which an axis is logarithmic
 BEST_COLOUR = "#1f5fa8"
 
 
@@ -22,9 +23,9 @@ def draw_results(results: "Results") -> "Figure":
     from matplotlib.figure import Figure
 
     names = choose_settings(results)
-    rows = max(1, math.ceil(len(names) / 2))
-    figure = Figure(figsize=(11 if names else 6, 3.2 * rows), layout="constrained")
-    grid = figure.add_gridspec(rows, 4 if names else 2)
+    rows, columns = max(1, math.ceil(len(names) / 2)), min(2, len(names))
+    figure = Figure(figsize=(6 + 3 * columns, 3.2 * rows), layout="constrained")
+    grid = figure.add_gridspec(rows, 2 + columns)
     draw_curves(figure.add_subplot(grid[:, :2]), results)
     for place, name in enumerate(names):
         row, column = divmod(place, 2)
@@ -83,22 +84,40 @@ def draw_setting(axes: Any, results: "Results", name: str) -> None:
 
     assert results.score is not None
     scored = find_scored(results)
-    metric = None if results.score == HELD_OUT_LOSS else find_metric(results.score)
-    scale = metric.scale if metric else 1
     values: list[Any] = [row.get(name) for row in scored]
+    places = values
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
-        places = values
-        if min(values) > 0 and max(values) / min(values) >= WIDE:
-            axes.set_xscale("log")
+        number_axis(axes, sorted(set(values)))
     else:
         words = list(dict.fromkeys(map(write_value, values)))
         places = [words.index(write_value(value)) for value in values]
-        axes.set_xticks(range(len(words)), [word[-24:] for word in words], rotation=20, ha="right", fontsize=7)
+        axes.set_xticks(range(len(words)), [word[-24:] for word in words], rotation=20, ha="right")
         axes.set_xlim(-0.5, len(words) - 0.5)
-    heights = [row[results.score] * scale for row in scored]
-    axes.plot(places, heights, "o", color="#6b7280", ms=5)
-    axes.plot(places[:1], heights[:1], "*", color=BEST_COLOUR, ms=12)  # the first is the best
+    metric = None if results.score == HELD_OUT_LOSS else find_metric(results.score)
+    scale = metric.scale if metric else 1
+    for place, row in reversed([*zip(places, scored, strict=True)]):  # the first is the best, and stands in front
+        height = row[results.score]
+        low, high = (row.get(f"{results.score}_{bound}") for bound in ("low", "high"))
+        spread = (
+            None if low is None or high is None else [[scale * max(0, height - low)], [scale * max(0, high - height)]]
+        )
+        look = (
+            {"fmt": "*", "ms": 11, "color": BEST_COLOUR}
+            if row is scored[0]
+            else {"fmt": "o", "ms": 5, "color": "#6b7280"}
+        )
+        axes.errorbar([place], [scale * height], spread, lw=1, capsize=2, **look)
     axes.set_xlabel(name, fontsize=8)
     axes.set_ylabel(metric.label if metric else "held-out loss", fontsize=8)
     axes.tick_params(labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def number_axis(axes: Any, values: list[float]) -> None:
+    """Choose the scale of an axis of numbers, and write the values themselves below it where they are few."""
+    if values[0] > 0 and values[-1] / values[0] >= WIDE:
+        axes.set_xscale("log")
+    if len(values) <= TICKS:
+        axes.set_xticks(values, [f"{value:g}" for value in values])
+        axes.set_xticks([], minor=True)
+        axes.margins(x=0.15)

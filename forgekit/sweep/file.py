@@ -127,6 +127,9 @@ class Sweep(Section):
         return tuple(drawn.space) if drawn else ()
 
 
+INNER: dict[str, type[Section]] = {"random": Drawn, "search": Search, "objective": Objective, "prune": Prune}
+
+
 def read_sweep(path: Path) -> Sweep:
     """Read and check a sweep's file; the settings of its points are checked with the recipe, by `check_points`.
 
@@ -188,7 +191,7 @@ def explain(problem: Any, source: str) -> str:
                 return f"{where}: a sweep has no such setting (from {source}).{suggest(str(part), list(fields))}{known}"
             break
         field = fields[part]
-        inner: type[Section] | None = {"random": Drawn, "search": Search, "objective": Objective, "prune": Prune}.get(str(part))
+        inner = INNER.get(str(part))
         fields = inner.model_fields if inner else {}
     name = ".".join(map(str, place))
     meaning = f" Meaning: {field.description}." if field is not None else ""

@@ -53,21 +53,25 @@ class Results:
         """The columns that a person compares by, the best run first; shares in per cent."""
         from ..table import Table
 
-        return Table(Table([self.shorten(row) for row in self.rows]).fillna(""))
+        rows = [self.shorten(row) for row in self.rows]
+        return Table([{name: "" if value is None else value for name, value in row.items()} for row in rows])
 
     def shorten(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return the short form of a row."""
-        short = {"run": row["run"], "state": row["state"]} | {
-            name.partition(".")[2] or name: row.get(name) for name in self.changed
-        }
+        from ..table import write_value
+
+        short = {"run": row["run"], "state": row["state"]}
+        short |= {name.partition(".")[2] or name: write_value(row.get(name)) for name in self.changed}
         if self.score and self.score != HELD_OUT_LOSS:
             metric = find_metric(self.score)
             value, low, high = (row.get(f"{self.score}{end}") for end in ("", "_low", "_high"))
-            short[f"before: {metric.label}"] = row.get("before") and round(row["before"] * metric.scale, 3)
+            if any(other.get("before") is not None for other in self.rows):
+                short[f"before: {metric.label}"] = row.get("before") and round(row["before"] * metric.scale, 3)
             short[metric.label] = None if value is None else round(value * metric.scale, 3)
             short["95 %"] = "" if low is None or high is None else f"{metric.write(low)} to {metric.write(high)}"
         for name, title in ((HELD_OUT_LOSS, "held-out loss"), ("steps", "steps"), ("seconds", "seconds")):
-            short[title] = None if row.get(name) is None else round(row[name], 4 if name == HELD_OUT_LOSS else 0)
+            if any(other.get(name) is not None for other in self.rows):
+                short[title] = None if row.get(name) is None else round(row[name], 4 if name == HELD_OUT_LOSS else 0)
         return short | ({"error": row["error"]} if any(other.get("error") for other in self.rows) else {})
 
     @property
