@@ -59,6 +59,9 @@ if TYPE_CHECKING:  # the table of contents, in order of flow
     from .export.adapter import load_export as load_export
     from .export.llama import ask_gguf as ask_gguf
 
+    # runs side by side
+    from .sweep.results import read_results as read_results
+
     # panels
     from .panels.run import RunPanel as RunPanel
     from .panels.compare import ComparePanel as ComparePanel
@@ -117,6 +120,8 @@ CONTENTS = {
     "verify_export": "export.verify",
     "load_export": "export.adapter",
     "ask_gguf": "export.llama",
+    # runs side by side
+    "read_results": "sweep.results",
     # panels
     "RunPanel": "panels.run",
     "ComparePanel": "panels.compare",

@@ -44,6 +44,7 @@ def test_every_command_is_known_to_these_tests():
         "forgekit plan ",
         "forgekit slice ",
         "papermill ",
+        "forgekit sweep params/sweeps/text_quick.yaml",
         "forgekit run notebooks/01_text.ipynb --recipe",
     )
     assert [c for c in COMMANDS if not c.startswith(starts)] == []
@@ -96,7 +97,7 @@ def test_settings_shown_as_yaml_are_valid():
 
 
 def test_the_papermill_example_runs(tmp_path):
-    words = find_command("papermill ")
+    words = find_command("papermill notebooks/01")
     words[words.index("out.ipynb")] = str(tmp_path / "out.ipynb")
     done = run_module(words, tmp_path / "runs")
     assert done.returncode == 0, done.stderr[-2000:]

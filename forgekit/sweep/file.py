@@ -112,7 +112,9 @@ class Sweep(Section):
     random: Drawn | None = setting(None, "points drawn at random: {runs: 20, seed: 1, space: {setting: range}}")
     search: Search | None = setting(None, "points drawn by Optuna; needs forgekit[search]")
     objective: Objective = setting(Objective(), "by what the runs are compared: {score: ..., direction: ...}")
-    gpus: int | None = setting(None, "GPUs of one run; empty: one, or none where model.device is cpu", ge=0, le=64)
+    gpus: int | None = setting(
+        None, "GPUs set aside for one run; empty: one, or none where model.device is cpu", ge=0, le=64
+    )
     retries: int = setting(1, "how often a run that failed or crashed goes on from its last checkpoint", ge=0, le=100)
     timeout: Time | None = setting(None, "time limit of one run, for instance 2h")
     grace: Time | None = setting(None, "longest time from being asked to stop to the end of a run")

@@ -76,7 +76,6 @@ class Plan:
         settings = self.sweep.settings | {name: value for name, value in point.settings.items() if name != RECIPE}
         arguments += [f"--set={name}={json.dumps(value)}" for name, value in settings.items()]
         arguments += [word for name in ("timeout", "grace") if getattr(self.sweep, name) for word in (f"--{name}", getattr(self.sweep, name))]  # fmt: skip
-        arguments += ["--gpus", str(gpus)] if gpus > 1 else []
         log = self.folder / "logs" / f"{point.name}.log"
         return Job(point.name, self.root, tuple(arguments), Path.cwd(), {"FORGEKIT_RUNS": str(self.root)}, gpus, log)
 

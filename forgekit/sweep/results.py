@@ -3,6 +3,7 @@
 runs/sweeps/NAME/results.csv  results.parquet  results.png     the same table twice, and the figure
 """
 
+import base64
 import html
 import io
 import json
@@ -88,6 +89,19 @@ class Results:
         from .figure import draw_results
 
         return draw_results(self)
+
+    def show_figure(self) -> None:
+        """Show the figure in a notebook, with its sentence for those who do not see it."""
+        from IPython.display import display
+
+        file = io.BytesIO()
+        self.figure().savefig(file, format="png", dpi=80)
+        picture = base64.b64encode(file.getvalue()).decode()
+        bundle = {"image/png": picture, "text/plain": f"Losses by step, and the score by setting: {self.sentence}"}
+        display(
+            bundle if any(any(curves.values()) for curves in self.curves.values()) else {"text/plain": self.sentence},
+            raw=True,
+        )
 
     @property
     def sentence(self) -> str:

@@ -66,6 +66,8 @@ def sweep(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 
     monkeypatch.setattr(sweep_run, "Local", Fake)
     monkeypatch.setattr("forgekit.sweep.control.TICK_SECONDS", 0.02)
+    # seconds in all, and test_results.py and test_end_to_end.py look at what it writes
+    monkeypatch.setattr("forgekit.sweep.control.write_results", lambda folder: None)
 
     def run(behaviour: dict[str, list[str]] | None = None, values: dict[str, Any] = RATES, **options: Any) -> int:
         Path("behaviour.json").write_text(json.dumps(behaviour or {}))

@@ -193,7 +193,7 @@ def test_gpus_are_asked_for_where_a_gpu_is_used() -> None:
     cpu = plan_sweep(write_sweep(RATES, settings={"model.device": "cpu"}))
     assert cpu.make_job(cpu.points[0], has_gpu=True).gpus == 0
     two = plan_sweep(write_sweep(RATES, gpus=2))
-    assert two.make_job(two.points[0], has_gpu=True).arguments[-2:] == ("--gpus", "2")
+    assert two.make_job(two.points[0], has_gpu=True).gpus == 2
 
 
 def test_shipped_sweeps_are_right(project_folder: Path) -> None:
