@@ -16,6 +16,8 @@ LAB_ARGS ?=
 
 NOTEBOOK := notebooks/01_text.ipynb
 RECIPE := params/text_quick.yaml
+# what the notebook that compares runs has to look at when its outputs are stored
+SWEEP := params/sweeps/text_quick.yaml
 
 # Executed in a copy, so that its run is called `text` and no run of yours is touched. Kept: tags, kernel and outputs, the
 # lines of a stream in one piece. Left out: times, Python version, widgets, cell metadata of editors.
@@ -73,6 +75,7 @@ lint: .venv/.installed-test ## check code and notebooks: ruff, formatting, types
 outputs: .venv/.installed ## execute the notebook anew and store its outputs in it (minutes); look at the difference, then commit
 	@rm -rf build/outputs
 	@.venv/bin/python -m forgekit init build/outputs >/dev/null
+	@case "$(NOTEBOOK)" in */04_*) cd build/outputs && FORGEKIT_RUNS= ../../.venv/bin/python -m forgekit sweep $(SWEEP);; esac
 	@echo "forgekit: executing $(NOTEBOOK)"
 	@FORGEKIT_RUNS= FORGEKIT_RUN=text .venv/bin/python -m nbconvert $(STORE_OUTPUTS) --output-dir notebooks build/outputs/$(NOTEBOOK)
 

@@ -36,7 +36,9 @@ class Board:
             self.show(write_table(entries, shutil.get_terminal_size()))
         elif time.monotonic() - self.told >= QUIET_SECONDS:
             self.told = time.monotonic()
-            running = [f"{entry.point.name} {describe_progress(entry)}".rstrip() for entry in entries if entry.state == RUNNING]
+            running = [
+                f"{entry.point.name} {describe_progress(entry)}".rstrip() for entry in entries if entry.state == RUNNING
+            ]
             self.say("; ".join([count_states(entries), *running]))
 
     def end(self) -> None:

@@ -60,6 +60,8 @@ class Control:
         finally:
             self.backend.close()
             self.collect()
+            for entry in self.find(RUNNING):  # this sweep broke off, and its backend waited for them
+                entry.state = STOPPED
             self.save(over=True)
             self.compare()
         return self.exit_code()

@@ -7,6 +7,7 @@ import base64
 import html
 import io
 import json
+import math
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -195,9 +196,10 @@ def make_results(
 ) -> Results:
     """Sort rows, the best first, and add curves and settings."""
 
-    def rank(row: dict[str, Any]) -> tuple[bool, float]:
-        value = row.get(score) if score else None
-        return (value is None, 0.0 if value is None else -value if maximize else value)
+    def rank(row: dict[str, Any]) -> tuple[bool, float, float]:
+        value, loss = row.get(score) if score else None, row.get(HELD_OUT_LOSS)
+        sign = -1 if maximize else 1
+        return (value is None, 0.0 if value is None else sign * value, math.inf if loss is None else loss)
 
     rows = sorted(rows, key=rank)
     curves = {row["run"]: Watch(root / row["run"]).read().curves for row in rows}

@@ -1,13 +1,13 @@
 """Two real runs of a small random Gemma 3n, by the command: trained, compared, kept by a second call."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import pandas
+import pytest
+
+from forgekit.__main__ import main
 
 from .conftest import PARAMETERS, read_record, write_sweep
 
@@ -27,15 +27,8 @@ trainer.train()
 """
 
 
-def run_sweep(project_folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run `forgekit sweep sweep.yaml`, two runs at once."""
-    path = os.pathsep.join((str(project_folder), os.environ.get("PYTHONPATH", "")))
-    command = [sys.executable, "-m", "forgekit", "sweep", "sweep.yaml", "--slots", "2"]
-    return subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
-
-
 def test_two_tiny_runs_from_the_file_to_the_comparison(
-    project_folder: Path, tiny_folder: Path, orders_file: Path
+    tiny_folder: Path, orders_file: Path, capsys: pytest.CaptureFixture
 ) -> None:
     cells = [nbformat.v4.new_code_cell(source) for source in (PARAMETERS, START, TRAIN)]
     cells[0].metadata["tags"] = ["parameters"]
@@ -49,9 +42,9 @@ def test_two_tiny_runs_from_the_file_to_the_comparison(
         {"name": "tiny", "notebook": "toy.ipynb", "settings": settings, "grid": {"train.learning_rate": [1e-4, 1e-2]}},
         objective={"score": "held_out_loss"},
     )
-    done = run_sweep(project_folder)
+    code, printed = main(["sweep", "sweep.yaml", "--slots", "2"]), capsys.readouterr().out
     logs = "".join(file.read_text()[-3000:] for file in Path("runs/sweeps/tiny/logs").glob("*"))
-    assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr + logs
+    assert code == 0, printed + logs
     names = ["tiny-learning_rate-0.0001", "tiny-learning_rate-0.01"]
     assert [(run["name"], run["state"], run["attempts"]) for run in read_record("tiny")["runs"]] == [
         (name, "completed", 1) for name in names
@@ -61,9 +54,10 @@ def test_two_tiny_runs_from_the_file_to_the_comparison(
         stats = json.loads(Path("runs", name, "metrics/training-stats.json").read_text())
         assert frame.loc[name, "held_out_loss"] == stats["best_held_out_loss"] and frame.loc[name, "steps"] == 2
     assert frame["held_out_loss"].is_monotonic_increasing and frame["held_out_loss"].nunique() == 2
-    assert f"best by held_out_loss (less is better): {frame.index[0]}." in done.stdout
+    assert f"best by held_out_loss (less is better): {frame.index[0]}." in printed
     assert (Path("runs/sweeps/tiny/results.png").stat().st_size) > 5000
     before = {name: Path("runs", name, "run.json").read_bytes() for name in names}
-    again = run_sweep(project_folder)
-    assert again.returncode == 0 and again.stdout.count("  completed  held_out_loss ") == 2 and "kept" in again.stdout
+    assert main(["sweep", "sweep.yaml"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("  completed  held_out_loss ") == 2 and "kept" in printed and "running" not in printed
     assert before == {name: Path("runs", name, "run.json").read_bytes() for name in names}

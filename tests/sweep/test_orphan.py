@@ -29,6 +29,7 @@ finally:
 """
 
 
+@pytest.mark.slow
 def test_when_the_sweep_is_killed_its_runs_save_and_end(project_folder: Path) -> None:
     import nbformat
 
