@@ -57,7 +57,7 @@ def run_sweep(
         control = Control(plan, place, source, board, plan.sweep.retries, only_missing, has_gpu)
         code = control.run()
         board.end()
-        print(f"\n{read_results(plan.folder)!r}\n\nResults: {plan.folder / 'results.csv'}, .parquet, .png")
+        board.print(f"\n{read_results(plan.folder)!r}\n\nResults: {plan.folder / 'results.csv'}, .parquet, .png")
         return code
     finally:
         lock.close()
