@@ -54,6 +54,7 @@ def run_notebook(
     name = check_name(name) if name else None
     together = read_settings(parameters["settings"]) | settings
     supervisor = Supervisor(grace, timeout)
+    supervisor.follow_parent()
     with supervisor.catch_signals():
         session = begin(config, name, notebook.name, supervisor, notebook.parent.absolute())
         run = session.run
