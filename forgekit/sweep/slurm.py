@@ -198,7 +198,8 @@ class Submitted:
             return None
         self.over_at = self.over_at or time.monotonic()
         late = time.monotonic() - self.over_at > (REQUEUE_SECONDS if preempted else RESULT_SECONDS)
-        return self.read_state(state) if late else None
+        never_ran = self.asked and state.startswith("CANCELLED")  # `stop` cancels those that wait
+        return self.read_state(state) if late or never_ran else None
 
     def read_result(self) -> End:
         """Return what the job handed back, or the error that submitit caught there."""
