@@ -58,7 +58,7 @@ class Ray:
         """
         self.cpus, self.slots, self.command, self.lost_seconds = cpus, slots, command, lost_seconds
         self.ray = connect(address)
-        self.gpus = gpus if gpus is not None else int(any(node.get("GPU") for node in self.nodes()))
+        self.gpus = gpus
         self.task = self.ray.remote(max_retries=0, retry_exceptions=False)(run_attempt)
         self.known: list[Mapping[str, float]] = []
         self.running: dict[str, tuple[Job, str, Any]] = {}
@@ -82,7 +82,9 @@ class Ray:
 
     def free(self) -> int:
         """Return how many more runs the living nodes have room for, beside this sweep's own."""
-        slots = self.slots or sum(count_room(node, self.cpus, self.gpus) for node in self.nodes())
+        nodes = self.nodes()
+        gpus = self.gpus if self.gpus is not None else int(any(node.get("GPU") for node in nodes))
+        slots = self.slots or sum(count_room(node, self.cpus, gpus) for node in nodes)
         return max(0, slots - len(self.running))
 
     def poll(self) -> dict[str, End]:
