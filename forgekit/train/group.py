@@ -126,7 +126,7 @@ def join_group(trainer: Any, rank: int, size: int, meeting: Path, find_unused: b
             trainer.args.ddp_find_unused_parameters = find_unused
             leave_frozen(trainer.model)
             refresh(trainer)
-            with shared_steps(trainer.args, size):
+            with shared_steps(trainer.args, size), count_together(trainer, trainer.group), whole_graphs(cuda):
                 yield trainer.group
                 trainer.group.wait()
     except BaseException:
@@ -166,6 +166,33 @@ def shared_steps(args: Any, size: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@contextlib.contextmanager
+def count_together(trainer: Any, group: Group) -> Iterator[None]:
+    """Let the tokens a second in the log be those of all processes."""
+    from .progress import Progress
+
+    counters = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Progress)]
+    for counter in counters:
+        counter.group = group
+    try:
+        yield
+    finally:
+        for counter in counters:
+            counter.group = None
+
+
+@contextlib.contextmanager
+def whole_graphs(cuda: bool) -> Iterator[None]:
+    """Keep the compiler from cutting graphs where gradients could be sent early: an adapter's are sent in no time."""
+    if not cuda:
+        yield
+        return
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(optimize_ddp=False):
+        yield
+
+
 def end_group() -> None:
     """Take torch's process groups down, if nobody has."""
     import torch.distributed as dist
@@ -187,10 +214,13 @@ def abort_group() -> None:
 
 def refresh(trainer: Any) -> None:
     """Let transformers and accelerate look again whether there are several processes: they do so once, when a trainer is made."""
+    import torch
+
     from .sft import use_one_gpu
 
     vars(trainer.args).pop("_setup_devices", None)
-    _ = trainer.args.device
+    if trainer.args.device.type == "cpu":  # accelerate numbers it, and a checkpoint cannot be read to cpu:0
+        trainer.args._setup_devices = torch.device("cpu")
     use_one_gpu(trainer.args)
     trainer.accelerator.free_memory()
     trainer.model_wrapped = trainer.model

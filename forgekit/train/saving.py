@@ -115,7 +115,7 @@ def count_rows(args: Any) -> int:
 def note_losses(trainer: Any) -> dict[str, Any]:
     """Return the loss added up since the last line of the log and over the whole training; a float's text in JSON is exact."""
     return {
-        "loss": trainer._tr_loss.item(),
+        "loss": trainer._tr_loss.item() - sum(loss.item() for loss in trainer.step_losses),  # of a step that broke off
         "step": trainer._globalstep_last_logged,
         "total": trainer._total_loss_scalar,
     }
