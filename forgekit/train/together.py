@@ -56,7 +56,7 @@ def train_together(
             open_workers(run.path / "logs", abort_group) as workers,
         ):
             say(f"Starting {size - 1} more processes, each loads the model; their logs are logs/rank1.log and so on.")
-            first = {
+            first: dict[str, Any] = {
                 "size": size, "meeting": str(Path(folder) / "meeting"), "checkpoint": resume_from_checkpoint, "rows": rows,
                 "accumulated": accumulated, "find_unused": find_unused, "run": str(run.path), "path": list_imports(),
             }  # fmt: skip

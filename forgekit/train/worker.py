@@ -42,7 +42,7 @@ def main(number: int) -> None:
         train(first, line.recv_bytes(), line)
         say(line, done=True)
         code = 0
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001  # whatever it is, the kernel has to hear of it
         traceback.print_exc()
         say(line, error=type(error).__name__, words=str(error))
     sys.stdout.flush()
