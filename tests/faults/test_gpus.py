@@ -101,11 +101,23 @@ def test_held_out_rows_score_the_same(warm: Any) -> None:
     assert find_difference(*scores) < 1e-5
 
 
+def find_worker(warm: Any, run: str) -> int:
+    return int(re.findall(r"rank 1 of 2, process (\d+)", "\n".join(warm.read_lines(run, "rank1.log")))[-1])
+
+
+def wait_for_end(warm: Any, run: str, seconds: float = 5.0) -> bool:
+    """Say whether the run's second process ended within some seconds; a forked one holds the run's lock until then."""
+    worker, deadline = find_worker(warm, run), time.monotonic() + seconds
+    while psutil.pid_exists(worker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not psutil.pid_exists(worker)
+
+
 @pytest.mark.parametrize("gpus", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_run_of_two_resumes_with_one_and_with_two(warm: Any, together: str, gpus: int) -> None:
     run = warm.new_run()
     fault = {"FORGEKIT_FAULT": "after_step:13:kill9", "FORGEKIT_FAULT_FILE": str(warm.folder / f"{run}.fault")}
-    assert warm.train(run, settings=TWO, environment=fault) != 0
+    assert warm.train(run, settings=TWO, environment=fault) != 0 and wait_for_end(warm, run)
     assert warm.train(run, settings=PLAIN | {"train.gpus": gpus}) == 0, warm.log(run)
     assert warm.starts(run) in ([0, 12], [0, 13])
     losses = dict(warm.read_losses(run))
@@ -117,14 +129,10 @@ def test_a_killed_run_of_two_resumes_with_one_and_with_two(warm: Any, together: 
     assert find_difference(losses, dict(warm.read_losses(together))) < 1e-5
 
 
-def find_worker(warm: Any, run: str) -> int:
-    return int(re.findall(r"rank 1 of 2, process (\d+)", "\n".join(warm.read_lines(run, "rank1.log")))[-1])
-
-
 def test_a_killed_worker_ends_the_run_within_seconds(warm: Any) -> None:
     run = warm.new_run()
-    code = warm.train(run, settings=TWO, kill_worker_at=6)
-    ended, log = time.time(), warm.log(run)
+    code, ended = warm.train(run, settings=TWO, kill_worker_at=6), time.time()
+    log = warm.log(run)
     assert code == 1 and ended - float(re.findall(r"killed at ([\d.]+)", log)[0]) < 5, log
     assert re.search(r"RunError: Process \d+, which trained as rank 1 of 2, was killed by SIGKILL", log), log
     assert warm.train(run, settings=TWO) == 0, warm.log(run)
@@ -135,10 +143,7 @@ def test_a_killed_kernel_ends_its_workers(warm: Any) -> None:
     run = warm.new_run()
     fault = {"FORGEKIT_FAULT": "save_write:1:kill9"}  # which the first process alone comes by
     assert warm.train(run, settings=TWO, environment=fault) == -9
-    deadline = time.monotonic() + 5
-    while psutil.pid_exists(find_worker(warm, run)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not psutil.pid_exists(find_worker(warm, run))
+    assert wait_for_end(warm, run)
 
 
 @pytest.mark.slow
@@ -175,3 +180,18 @@ def test_without_memory_all_go_on_with_half_a_batch(warm: Any, alone: str) -> No
         in warm.log(run)
     )
     assert find_difference(dict(warm.read_losses(run)), dict(warm.read_losses(alone))) < 1e-4
+
+
+@pytest.mark.slow
+def test_all_weights_can_learn_together(warm: Any) -> None:
+    runs = []
+    for gpus in (1, 2):
+        runs.append(warm.new_run())
+        settings = PLAIN | {
+            "train.gpus": gpus,
+            "model.load_in": "full",
+            "export.formats": ["merged"],
+            "train.learning_rate": 1e-4,
+        }
+        assert warm.train(runs[-1], settings=settings) == 0, warm.log(runs[-1])
+    assert find_difference(*(dict(warm.read_losses(run)) for run in runs)) < 1e-5
