@@ -141,10 +141,15 @@ def run_process(options: argparse.Namespace, arguments: list[str], gpus: int) ->
         command = [sys.executable, "-m", "benchmarks.gpus", *arguments, "--here", str(gpus), "--folder", folder]
         try:
             code = subprocess.run(command, timeout=options.seconds).returncode
+            error = f"ended with code {code}"
         except subprocess.TimeoutExpired:
-            return {"gpus": gpus, "error": f"cut off after {options.seconds} s"}
+            error = f"cut off after {options.seconds} s"
         result = Path(folder) / "row.json"
-        return json.loads(result.read_text()) if result.exists() else {"gpus": gpus, "error": f"ended with code {code}"}
+        if result.exists():
+            return json.loads(result.read_text())
+        for log in sorted(Path(folder).rglob("rank*.log")):  # gone with the folder
+            print(f"--- {log.name}", *log.read_text(errors="replace").splitlines()[-30:], sep="\n", flush=True)
+        return {"gpus": gpus, "error": error}
 
 
 def main(arguments: list[str]) -> int:
