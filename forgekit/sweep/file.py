@@ -96,6 +96,22 @@ class Search(Drawn):
     prune: Prune | None = setting(None, "ends weak runs early; empty: every run comes to its end")
 
 
+class RayRuns(Section):
+    """What Ray sets aside for each run beside its GPUs."""
+
+    cpus: int = setting(1, "CPU cores", ge=1)
+
+
+class SlurmRuns(Section):
+    """What each run's job asks Slurm for beside its GPUs."""
+
+    partition: str | None = setting(None, "empty: the cluster's default; --address is stronger")
+    minutes: int = setting(24 * 60, "time limit of one job; a run that needs more goes on in the next", ge=1)
+    cpus: int = setting(4, "CPU cores", ge=1)
+    requeues: int = setting(20, "how often a run goes on in another job", ge=0)
+    parameters: dict[str, Any] = setting({}, "more for sbatch, by submitit's names: {mem: 32G, account: me, setup: [...]}")
+
+
 class Sweep(Section):
     """A whole sweep."""
 
@@ -113,9 +129,11 @@ class Sweep(Section):
     search: Search | None = setting(None, "points drawn by Optuna; needs forgekit[search]")
     objective: Objective = setting(Objective(), "by what the runs are compared: {score: ..., direction: ...}")
     gpus: int | None = setting(
-        None, "GPUs set aside for one run; empty: one, or none where model.device is cpu", ge=0, le=64
+        None, "GPUs set aside for one run; empty: train.gpus of them, or none where model.device is cpu", ge=0, le=64
     )
     retries: int = setting(1, "how often a run that failed or crashed goes on from its last checkpoint", ge=0, le=100)
+    ray: RayRuns = setting(RayRuns(), "what a run gets under --backend ray: {cpus: 4}")
+    slurm: SlurmRuns = setting(SlurmRuns(), "what a run gets under --backend slurm: {partition: gpu, minutes: 600, ...}")
     timeout: Time | None = setting(None, "time limit of one run, for instance 2h")
     grace: Time | None = setting(None, "longest time from being asked to stop to the end of a run")
 
@@ -129,7 +147,7 @@ class Sweep(Section):
         return tuple(drawn.space) if drawn else ()
 
 
-INNER: dict[str, type[Section]] = {"random": Drawn, "search": Search, "objective": Objective, "prune": Prune}
+INNER: dict[str, type[Section]] = {"random": Drawn, "search": Search, "objective": Objective, "prune": Prune, "ray": RayRuns, "slurm": SlurmRuns}
 
 
 def read_sweep(path: Path) -> Sweep:

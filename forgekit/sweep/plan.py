@@ -65,12 +65,21 @@ class Plan:
         settings = self.sweep.settings | {name: value for name, value in point.items() if name != RECIPE}
         return recipes, config.change(find_here(settings), self.file.name)
 
+    def gpus(self) -> int | None:
+        """Return how many GPUs each run takes where there are any; None: one, as far as is known before a search."""
+        if self.sweep.gpus is not None:
+            return self.sweep.gpus
+        configs = [self.load(point.settings)[1] for point in self.points]
+        if configs and all(config.model.device == "cpu" for config in configs):
+            return 0
+        return max((config.train.gpus for config in configs), default=None)
+
     def make_job(self, point: Point, has_gpu: bool) -> Job:
         """Return what a backend starts for a point; `has_gpu` says whether its machines have any."""
         recipes, config = self.load(point.settings)
         gpus = self.sweep.gpus
         if gpus is None:
-            gpus = 1 if has_gpu and config.model.device != "cpu" else 0
+            gpus = config.train.gpus if has_gpu and config.model.device != "cpu" else 0
         arguments = ["run", str(self.notebook), "--name", point.name]
         arguments += [word for recipe in filter(None, recipes.split(" + ")) for word in ("--recipe", recipe)]
         settings = self.sweep.settings | {name: value for name, value in point.settings.items() if name != RECIPE}

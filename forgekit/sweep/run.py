@@ -2,21 +2,19 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from ..environment import set_environment
 from ..run_folder import explain_disk
 from ..run_lock import lock_folder
+from .backends import open_backend
 from .board import Board
 from .control import Control
 from .job import Backend
-from .local import Local
 from .plan import Plan, plan_sweep
 from .results import read_results
 from .search import OptunaSearch
 from .source import Listed
-
-BACKENDS = ("local", "ray", "slurm")
-
 
 def run_sweep(
     file: Path,
@@ -51,7 +49,7 @@ def run_sweep(
         lock = lock_folder(plan.folder)
     try:
         source = OptunaSearch(plan, plan.folder) if plan.sweep.search else Listed(plan.points)
-        place, has_gpu = open_backend(backend, address, slots, plan)
+        place, has_gpu = open_place(backend, address, slots, plan)
         board = Board(sys.stdout)
         board.say(f"sweep {plan.sweep.name}: {count_runs(plan)}, {plan.folder}")
         control = Control(plan, place, source, board, plan.sweep.retries, only_missing, has_gpu)
@@ -81,10 +79,17 @@ def count_runs(plan: Plan) -> str:
     return f"a search of {search.runs} runs" if search else f"{len(plan.points)} runs"
 
 
-def open_backend(name: str, address: str | None, slots: int | None, plan: Plan) -> tuple[Backend, bool]:
-    """Return the backend, and whether its machines are taken to have GPUs.
+def open_place(name: str, address: str | None, slots: int | None, plan: Plan) -> tuple[Backend, bool]:
+    """Return the backend, and whether its machines have GPUs.
 
-    Raises ConfigError when its library is missing.
+    Raises ConfigError when this machine has fewer GPUs than a run needs, RunError when the backend cannot be reached.
     """
-    local = Local(slots, plan.sweep.gpus)
-    return local, bool(local.devices)
+    sweep, chosen = plan.sweep, {"slots": slots} if slots else {}
+    if name == "ray":
+        place: Any = open_backend(name, address=address or "auto", gpus=sweep.gpus, **chosen, **sweep.ray.model_dump())
+        return place, place.gpus > 0
+    if name == "slurm":  # which of its machines have GPUs is for a partition, or a setting, to say
+        options = sweep.slurm.model_dump() | ({"partition": address} if address else {})
+        return open_backend(name, **chosen, **options), True
+    place = open_backend(name, slots=slots, gpus=plan.gpus())
+    return place, bool(place.devices)
