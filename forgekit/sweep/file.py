@@ -109,7 +109,9 @@ class SlurmRuns(Section):
     minutes: int = setting(24 * 60, "time limit of one job; a run that needs more goes on in the next", ge=1)
     cpus: int = setting(4, "CPU cores", ge=1)
     requeues: int = setting(20, "how often a run goes on in another job", ge=0)
-    parameters: dict[str, Any] = setting({}, "more for sbatch, by submitit's names: {mem: 32G, account: me, setup: [...]}")
+    parameters: dict[str, Any] = setting(
+        {}, "more for sbatch, by submitit's names: {mem: 32G, account: me, setup: [...]}"
+    )
 
 
 class Sweep(Section):
@@ -133,7 +135,9 @@ class Sweep(Section):
     )
     retries: int = setting(1, "how often a run that failed or crashed goes on from its last checkpoint", ge=0, le=100)
     ray: RayRuns = setting(RayRuns(), "what a run gets under --backend ray: {cpus: 4}")
-    slurm: SlurmRuns = setting(SlurmRuns(), "what a run gets under --backend slurm: {partition: gpu, minutes: 600, ...}")
+    slurm: SlurmRuns = setting(
+        SlurmRuns(), "what a run gets under --backend slurm: {partition: gpu, minutes: 600, ...}"
+    )
     timeout: Time | None = setting(None, "time limit of one run, for instance 2h")
     grace: Time | None = setting(None, "longest time from being asked to stop to the end of a run")
 
@@ -147,7 +151,14 @@ class Sweep(Section):
         return tuple(drawn.space) if drawn else ()
 
 
-INNER: dict[str, type[Section]] = {"random": Drawn, "search": Search, "objective": Objective, "prune": Prune, "ray": RayRuns, "slurm": SlurmRuns}
+INNER: dict[str, type[Section]] = {
+    "random": Drawn,
+    "search": Search,
+    "objective": Objective,
+    "prune": Prune,
+    "ray": RayRuns,
+    "slurm": SlurmRuns,
+}
 
 
 def read_sweep(path: Path) -> Sweep:

@@ -65,8 +65,8 @@ class Plan:
         settings = self.sweep.settings | {name: value for name, value in point.items() if name != RECIPE}
         return recipes, config.change(find_here(settings), self.file.name)
 
-    def gpus(self) -> int | None:
-        """Return how many GPUs each run takes where there are any; None: one, as far as is known before a search."""
+    def count_gpus(self) -> int | None:
+        """Return how many GPUs each run takes where there are any; None: a search has not said yet."""
         if self.sweep.gpus is not None:
             return self.sweep.gpus
         configs = [self.load(point.settings)[1] for point in self.points]

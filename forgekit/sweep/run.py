@@ -11,10 +11,12 @@ from .backends import open_backend
 from .board import Board
 from .control import Control
 from .job import Backend
+from .local import find_devices
 from .plan import Plan, plan_sweep
 from .results import read_results
 from .search import OptunaSearch
 from .source import Listed
+
 
 def run_sweep(
     file: Path,
@@ -84,12 +86,17 @@ def open_place(name: str, address: str | None, slots: int | None, plan: Plan) ->
 
     Raises ConfigError when this machine has fewer GPUs than a run needs, RunError when the backend cannot be reached.
     """
-    sweep, chosen = plan.sweep, {"slots": slots} if slots else {}
+    sweep, gpus = plan.sweep, plan.count_gpus()
+    chosen = {"slots": slots} if slots else {}
     if name == "ray":
-        place: Any = open_backend(name, address=address or "auto", gpus=sweep.gpus, **chosen, **sweep.ray.model_dump())
+        place: Any = open_backend(
+            name, address=address or "auto", gpus=gpus if gpus == 0 else sweep.gpus, **chosen, **sweep.ray.model_dump()
+        )
         return place, place.gpus > 0
     if name == "slurm":  # which of its machines have GPUs is for a partition, or a setting, to say
         options = sweep.slurm.model_dump() | ({"partition": address} if address else {})
         return open_backend(name, **chosen, **options), True
-    place = open_backend(name, slots=slots, gpus=plan.gpus())
+    if sweep.gpus is None and not find_devices():
+        gpus = 0  # nobody asked for one
+    place = open_backend(name, slots=slots, gpus=gpus)
     return place, bool(place.devices)

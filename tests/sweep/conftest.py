@@ -10,7 +10,6 @@ import nbformat
 import pytest
 import yaml
 
-from forgekit.sweep import run as sweep_run
 from forgekit.sweep.local import Local
 from forgekit.sweep.run import run_sweep
 
@@ -21,9 +20,9 @@ RATES = {"name": "rates", "notebook": "toy.ipynb", "grid": {"train.learning_rate
 NAMES = ["rates-learning_rate-0.0005", "rates-learning_rate-0.001", "rates-learning_rate-0.002"]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Each test stands in a folder with a notebook and a recipe; runs go below it; there is no GPU."""
+    """The test stands in a folder with a notebook and a recipe; runs go below it; there is no GPU."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FORGEKIT_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -64,7 +63,7 @@ def sweep(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         def __init__(self, slots: int | None, gpus: int | None):
             super().__init__(slots, gpus, FAKE)
 
-    monkeypatch.setattr(sweep_run, "Local", Fake)
+    monkeypatch.setattr("forgekit.sweep.local.Local", Fake)
     monkeypatch.setattr("forgekit.sweep.control.TICK_SECONDS", 0.02)
     # seconds in all, and test_results.py and test_end_to_end.py look at what it writes
     monkeypatch.setattr("forgekit.sweep.control.write_results", lambda folder: None)

@@ -4,11 +4,15 @@ import io
 import json
 from pathlib import Path
 
+import pytest
+
 from forgekit.sweep import board
 from forgekit.sweep.board import Board, write_table
 from forgekit.sweep.entry import RUNNING, WAITING, Entry
 from forgekit.sweep.points import Point
 from forgekit.sweep.watch import Watch
+
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 class Terminal(io.StringIO):

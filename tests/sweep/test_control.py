@@ -21,6 +21,8 @@ from forgekit.sweep.local import Local
 
 from .conftest import FAKE, NAMES, RATES, read_record, read_started, read_states, write_sweep
 
+pytestmark = pytest.mark.usefixtures("own_folder")
+
 Sweep = Callable[..., int]
 LOW, BEST, HIGH = (name.removeprefix("rates-") for name in NAMES)
 
@@ -149,7 +151,7 @@ def test_a_lost_machine_is_not_the_run_s_fault_up_to_a_limit(
         backend.lost = losses
         return backend
 
-    monkeypatch.setattr("forgekit.sweep.run.Local", open_lossy)
+    monkeypatch.setattr("forgekit.sweep.local.Local", open_lossy)
     assert sweep(retries=0) == (0 if state == "completed" else 1)
     assert read_states()[BEST] == state
 
@@ -199,11 +201,12 @@ def test_sigterm_stops_every_run_and_the_next_call_goes_on(sweep: Sweep, capsys:
 SWEEP_ALONE = """
 import sys
 from pathlib import Path
-from forgekit.sweep import run
-from forgekit.sweep.local import Local
+from forgekit.sweep import local
+from forgekit.sweep.run import run_sweep
 
-run.Local = lambda slots, gpus: Local(slots, gpus, {fake!r})
-sys.exit(run.run_sweep(Path("sweep.yaml")))
+Local = local.Local
+local.Local = lambda slots, gpus: Local(slots, gpus, {fake!r})
+sys.exit(run_sweep(Path("sweep.yaml")))
 """
 
 

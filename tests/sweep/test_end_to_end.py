@@ -11,6 +11,8 @@ from forgekit.__main__ import main
 
 from .conftest import PARAMETERS, read_record, write_sweep
 
+pytestmark = pytest.mark.usefixtures("own_folder")
+
 START = """
 import forgekit as fk
 

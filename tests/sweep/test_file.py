@@ -13,6 +13,8 @@ from forgekit.sweep.points import list_points, name_point
 
 from .conftest import NAMES, RATES, write_sweep
 
+pytestmark = pytest.mark.usefixtures("own_folder")
+
 BASE = {"name": "s", "notebook": "toy.ipynb"}
 
 
@@ -194,6 +196,9 @@ def test_gpus_are_asked_for_where_a_gpu_is_used() -> None:
     assert cpu.make_job(cpu.points[0], has_gpu=True).gpus == 0
     two = plan_sweep(write_sweep(RATES, gpus=2))
     assert two.make_job(two.points[0], has_gpu=True).gpus == 2
+    together = plan_sweep(write_sweep(RATES, settings={"train.gpus": 4}))
+    assert together.make_job(together.points[0], has_gpu=True).gpus == 4
+    assert [plan.count_gpus() for plan in (cpu, two, together)] == [0, 2, 4]
 
 
 def test_shipped_sweeps_are_right(project_folder: Path) -> None:

@@ -16,6 +16,8 @@ from forgekit.runs.supervise import PARENT, Supervisor
 from .conftest import RATES, write_sweep
 from .test_control import wait_for
 
+pytestmark = pytest.mark.usefixtures("own_folder")
+
 WAIT = """
 import os, pathlib, time
 import forgekit as fk

@@ -14,6 +14,8 @@ from forgekit.sweep.watch import Watch
 
 from .conftest import NAMES
 
+pytestmark = pytest.mark.usefixtures("own_folder")
+
 
 def write(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)

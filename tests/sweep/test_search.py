@@ -16,6 +16,8 @@ from forgekit.sweep.plan import plan_sweep
 from .conftest import read_record, read_started, read_states, write_sweep
 from .test_control import wait_for
 
+pytestmark = pytest.mark.usefixtures("own_folder")
+
 Sweep = Callable[..., int]
 SEARCH = {
     "name": "find",
