@@ -50,6 +50,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="train.resume. auto (default): a run of that name that did not complete goes on from its newest checkpoint; never: it is refused; PATH: start from this checkpoint",
     )
     verb.add_argument(
+        "--gpus",
+        metavar="N",
+        type=int,
+        help="train.gpus: train on so many GPUs of this machine; a step's rows and their order stay the same",
+    )
+    verb.add_argument(
         "--allow-drift",
         metavar="NAME",
         action="append",
@@ -185,11 +191,11 @@ def run(options: argparse.Namespace) -> int:
     from .runs.headless import run_notebook
     from .runs.summary import print_summary
 
-    own = {"train.resume": options.resume, "train.allow_drift": options.allow_drift}
+    own = {"train.resume": options.resume, "train.allow_drift": options.allow_drift, "train.gpus": options.gpus}
     finished = run_notebook(
         options.notebook,
         " + ".join(options.recipe or []) or None,
-        read_assignments(options.set) | {name: value for name, value in own.items() if value},
+        read_assignments(options.set) | {name: value for name, value in own.items() if value is not None},
         options.name,
         options.timeout,
         options.grace,

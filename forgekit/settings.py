@@ -173,6 +173,13 @@ class Train(Section):
     seed: int = setting(3407, "seed of the adapter, the order of rows and dropout", ge=0, lt=2**32)
     per_device_train_batch_size: int = setting(2, "rows in one forward pass", ge=1)
     gradient_accumulation_steps: int = setting(4, "forward passes added up before one optimiser step", ge=1)
+    gpus: int = setting(
+        1,
+        "processes that train together, each with a GPU and a copy of the model of its own (on a CPU they share its cores); they share "
+        "the rows of a step, whose number and order stay",
+        ge=1,
+        le=64,
+    )
     learning_rate: float = setting(2e-4, "peak step size; lower it when the loss does not fall", gt=0, le=1)
     learning_rate_pattern: dict[str, Annotated[float, Field(gt=0)]] = setting(
         {}, "a factor on learning_rate for some groups, for instance {vision: 0.1}"

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..adapter.plan import TOWER_KINDS, LayerPlan, check_plan_against_data, plan_layers
@@ -48,7 +49,7 @@ def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config,
     Raises ConfigError when a setting names something that transformers does not know; `.train()` raises ModelError before
     a step whose loss or gradient is not finite, and RunError when a checkpoint cannot be written or resumed.
     """
-    engine = start_engine(config)
+    start_engine(config)
     plan = plan_layers(config, model.config)
     check_towers(plan, data["train"])
     write_text(run.path / "plan.json", plan.to_json() + "\n")
@@ -58,9 +59,8 @@ def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config,
 
     from .callbacks import LiveCurve, RunLog, StatusFile  # they subclass transformers' own, so the engine comes first
     from .progress import Progress
-    from .saving import Checkpoints
     from .stop import StopSwitch
-    from .tower_cache import cache_while_training
+    from .together import train_together
 
     progress = Progress()
     log, status = RunLog(run, progress), StatusFile(run, config.train.status_file)
@@ -70,6 +70,21 @@ def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config,
         callbacks.append(LiveCurve())
     if config.train.early_stopping:
         callbacks.append(EarlyStoppingCallback(config.train.early_stopping))
+    trainer = make_trainer(model, processor, data, config, run, callbacks)
+    train_together(trainer, config, data, plan, run, switch, log.write)
+    resume_training(trainer, config, run, log.write)
+    guard_training(trainer, log, status, switch)
+    return trainer
+
+
+def make_trainer(
+    model: Any, processor: Any, data: "Mapping[str, Dataset]", config: Config, run: Run, callbacks: list[Any]
+) -> "SFTTrainer":
+    """Return TRL's trainer with our rows, loss, checkpoints and fast path, as each of several processes makes it (together.py)."""
+    engine = start_engine(config)
+    from .saving import Checkpoints
+    from .tower_cache import cache_while_training
+
     identity = identify(config, model, data)
     trainer = choose_trainer(config, engine)(
         model=model,
@@ -91,8 +106,6 @@ def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config,
     if wants_fast_path(config, engine):
         train_fast(trainer, config, run)
     cache_while_training(trainer, config, run)
-    resume_training(trainer, config, run, log.write)
-    guard_training(trainer, log, status, switch)
     return trainer
 
 
@@ -161,7 +174,7 @@ def make_arguments(config: Config, engine: str, run: Run) -> "SFTConfig":
     train, cuda = config.train, choose_device(config) == "cuda"
     save_steps = train.save_steps or train.eval_steps
     try:
-        return SFTConfig(
+        arguments = SFTConfig(
             output_dir=str(run.path / "checkpoints"),
             per_device_train_batch_size=train.per_device_train_batch_size,
             per_device_eval_batch_size=config.evaluate.per_device_eval_batch_size,
@@ -199,8 +212,15 @@ def make_arguments(config: Config, engine: str, run: Run) -> "SFTConfig":
             report_to=list(train.report_to) or "none",
             disable_tqdm=True,
         )
+        use_one_gpu(arguments)
+        return arguments
     except ValueError as error:
         raise ConfigError(f"train: transformers refuses a setting: {' '.join(str(error).split())}") from error
+
+
+def use_one_gpu(arguments: Any) -> None:
+    """Keep transformers from spreading a process's batches over all GPUs that it sees, with another batch size (DataParallel)."""
+    arguments._n_gpu = min(1, arguments.n_gpu)
 
 
 def use_checkpointing(config: Config) -> bool:

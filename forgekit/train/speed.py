@@ -111,8 +111,9 @@ def choose_compile(trainer: Any, config: Config) -> tuple[bool, str]:
 
 
 def count_batches(trainer: Any) -> int:
-    """Return how many forward passes the training will take."""
+    """Return how many forward passes the training will take in this process."""
     args = trainer.args
     if args.max_steps > 0:
         return args.max_steps * args.gradient_accumulation_steps
-    return math.ceil(len(trainer.train_dataset) / args.per_device_train_batch_size * args.num_train_epochs)
+    rows = len(trainer.train_dataset) * args.num_train_epochs
+    return math.ceil(rows / args.per_device_train_batch_size / args.world_size)
