@@ -54,8 +54,8 @@ def read_parameters(parameters: Mapping[str, str], *folders: Path) -> Given:
             settings[dotted] = parse_yaml(text, name)
     if problems:
         raise ConfigError(problems)
-    recipe, name = values.get("recipe"), values.get("run_name")
-    return Given(tuple(find_beside(recipe, folders)) if recipe else (), settings, check_name(name) if name else None)
+    recipe, run = values.get("recipe"), values.get("run_name")
+    return Given(tuple(find_beside(recipe, folders)) if recipe else (), settings, check_name(run) if run else None)
 
 
 def find_beside(recipe: str, folders: tuple[Path, ...]) -> list[Path]:
