@@ -12,6 +12,19 @@ from forgekit.run_folder import read_json
 
 from .conftest import START, Server, wait_for, write_notebook
 
+# without torch: the first attempt waits to be stopped, the second goes through
+WAIT = """
+import time
+
+logs = run.path / "logs"
+logs.mkdir(exist_ok=True)
+with open(logs / "metrics.jsonl", "a") as file:
+    file.write('{"step": 1}\\n')
+if not run.record.get("attempts"):
+    (run.path / "waits").touch()
+    time.sleep(120)
+print("arrived with", config.train.max_steps, config.adapter.layers)
+"""
 TRAIN = """
 import time
 
@@ -31,29 +44,34 @@ trainer.train()
 """
 
 
-@pytest.fixture
-def recipe(folder: Path, tiny_folder: Path, orders_file: Path) -> str:
-    """A recipe in the server's folder, by its path from there."""
+def write_recipe(folder: Path, settings: dict[str, Any]) -> str:
+    """Write a recipe into the server's folder; return its path from there."""
     path = folder / "params" / "small.yaml"
     path.parent.mkdir()
-    settings: dict[str, Any] = {
-        "data": {"path": str(orders_file)},
-        "model": {"id": str(tiny_folder), "engine": "huggingface", "device": "cpu", "load_in": "16bit", "max_length": 256},
-        "train": {"max_steps": 40, "save_steps": 10, "learning_rate": 0.1, "gradient_accumulation_steps": 1},
-    }  # fmt: skip
     path.write_text(json.dumps(settings))
     return "params/small.yaml"
 
 
-def test_a_run_is_started_stopped_gone_on_with_and_fetched(server: Server, folder: Path, recipe: str) -> None:
-    write_notebook(folder / "notebooks" / "deep" / "train.ipynb", START, TRAIN)
-    given = {"recipe": recipe, "run_name": "first", "train.learning_rate": "2e-3", "settings.adapter.layers": "[attention]"}  # fmt: skip
-    first = server.post("notebooks/deep/train.ipynb", **given)["job_id"]
-    waiting = server.post("notebooks/deep/train.ipynb", recipe=recipe)["job_id"]
-    wrong = server.post("notebooks/deep/train.ipynb", **{"train.max_stepz": "3", "lr": "1", "train.seed": "seven"})
+def fetch(server: Server, folder: Path, job: str) -> dict[str, Path]:
+    """Download a job's outputs; return where they are, by format."""
+    assert not server.job(job)["downloaded"]
+    assert server.ask(f"scheduler/jobs/{job}/download_files") is None
+    described = server.job(job)
+    assert described["downloaded"]
+    return {file["file_format"]: folder / file["file_path"] for file in described["job_files"]}
+
+
+def test_jobs_wait_run_stop_go_on_and_are_fetched(server: Server, folder: Path) -> None:
+    recipe = write_recipe(folder, {"train": {"max_steps": 40, "seed": 5}})
+    path = "notebooks/deep/toy.ipynb"
+    write_notebook(folder / path, START, WAIT)
+    given = {"recipe": recipe, "run_name": "first", "train.max_steps": "7", "settings.adapter.layers": "[attention]"}
+    first = server.post(path, **given)["job_id"]
+    waiting = server.post(path, recipe=recipe)["job_id"]
     # what is wrong with a job shows at once, all of it, and nothing waits behind it
-    refused = server.job(wrong["job_id"])
-    assert refused["status"] == "FAILED"
+    wrong = server.post(path, **{"train.max_stepz": "3", "lr": "1"})["job_id"]
+    refused = server.job(wrong)
+    assert refused["status"] == "FAILED" and refused["end_time"]
     assert "train.max_stepz: no such parameter or setting. Did you mean train.max_steps?" in refused["status_message"]
     assert "lr: no such" in refused["status_message"]
     # one at a time, and a job that waits says so
@@ -63,37 +81,34 @@ def test_a_run_is_started_stopped_gone_on_with_and_fetched(server: Server, folde
     assert server.job(waiting)["status"] == "STOPPED"
 
     run = folder / "runs" / "first"
-    wait_for(lambda: (run / "status.json").exists() and read_json(run / "status.json")["step"] >= 2)
+    wait_for((run / "waits").exists)
     server.ask(f"scheduler/jobs/{first}", "PATCH", {"status": "STOPPED"})
     stopped = server.wait(first, "STOPPED")
-    step = read_json(run / "run.json")["stopped_at_step"]
-    assert 2 <= step < 40 and (run / "checkpoints" / f"checkpoint-{step}" / "adapter_model.safetensors").is_file()
-    words = f"The run was stopped by SIGTERM after step {step}. A job with run_name first goes on."
-    assert stopped["status_message"].startswith(words)
+    words = "The run was stopped by SIGTERM. A job with run_name first goes on. Its files: "
+    assert stopped["status_message"] == words + str(run)
+    assert read_json(run / "run.json")["state"] == "stopped"
 
-    second = server.post("notebooks/deep/train.ipynb", **given)["job_id"]
+    second = server.post(path, **given)["job_id"]
     job = server.wait(second, "COMPLETED", "FAILED")
     assert (job["status"], job["status_message"]) == ("COMPLETED", None)
-    assert job["end_time"] > job["start_time"] > 0 and not job["downloaded"]
-    assert read_json(run / "run.json")["state"] == "completed"
-    # values have arrived with their types
-    assert read_json(run / "parameters.json")["settings"] == {
-        "train.learning_rate": 0.002,
-        "adapter.layers": ["attention"],
-    }
+    assert job["end_time"] > job["start_time"] > 0
+    # values have arrived with their types, as data
+    handed = read_json(run / "parameters.json")
+    assert handed["settings"] == {"train.max_steps": 7, "adapter.layers": ["attention"]}
+    assert handed["recipe"] == str(folder / recipe)
 
-    assert server.ask(f"scheduler/jobs/{second}/download_files") is None
-    job = server.job(second)
-    files = {file["file_format"]: folder / file["file_path"] for file in job["job_files"]}
-    assert job["downloaded"] and files.keys() == {"ipynb", "html", "run.json", "metrics.jsonl", "input"}
+    files = fetch(server, folder, second)
+    assert files.keys() == {"ipynb", "html", "run.json", "metrics.jsonl", "input"}
     assert read_json(files["run.json"]) == read_json(run / "run.json")
-    steps = [json.loads(line)["step"] for line in files["metrics.jsonl"].read_text().splitlines()]
-    assert steps[0] == 1 and steps[-1] == 40
+    assert files["run.json"].read_text().count('"completed"') == 1
+    assert files["metrics.jsonl"].read_text() == '{"step": 1}\n' * 2
     executed = nbformat.read(files["ipynb"], as_version=4)
-    assert executed.metadata.papermill["exception"] is None and "step    40/40" in json.dumps(executed)
-    assert "step    40/40" in files["html"].read_text(encoding="utf-8")
+    assert executed.metadata.papermill["exception"] is None
+    assert "arrived with 7 ('attention',)" in json.dumps(executed)
+    assert "arrived with 7" in files["html"].read_text(encoding="utf-8")
+    # the notebook ran where it stands, and everything is below the server's folder
     assert set(os.listdir(folder)) == {"notebooks", "params", "runs", "jobs"}
-    assert os.listdir(folder / "notebooks" / "deep") == ["train.ipynb"]
+    assert os.listdir(folder / "notebooks" / "deep") == ["toy.ipynb"]
 
 
 def test_the_form_gets_one_environment_and_a_token_is_not_stored(server: Server, folder: Path) -> None:
@@ -114,3 +129,34 @@ def test_the_form_gets_one_environment_and_a_token_is_not_stored(server: Server,
     job = server.job(server.post("toy.ipynb", **{"train.max_steps": code})["job_id"])
     assert job["status"] == "FAILED" and "it should be a whole number" in job["status_message"]
     assert not list(folder.parent.rglob("hacked"))
+
+
+@pytest.mark.slow
+def test_a_training_is_stopped_with_a_checkpoint_and_a_second_job_goes_on(
+    server: Server, folder: Path, tiny_folder: Path, orders_file: Path
+) -> None:
+    settings: dict[str, Any] = {
+        "data": {"path": str(orders_file)},
+        "model": {"id": str(tiny_folder), "engine": "huggingface", "device": "cpu", "load_in": "16bit", "max_length": 256},
+        "train": {"max_steps": 40, "save_steps": 10, "learning_rate": 0.1, "gradient_accumulation_steps": 1},
+    }  # fmt: skip
+    given = {"recipe": write_recipe(folder, settings), "run_name": "first", "train.learning_rate": "2e-3"}
+    write_notebook(folder / "train.ipynb", START, TRAIN)
+    first = server.post("train.ipynb", **given)["job_id"]
+    run = folder / "runs" / "first"
+    wait_for(lambda: (run / "status.json").exists() and read_json(run / "status.json")["step"] >= 2, 240)
+    server.ask(f"scheduler/jobs/{first}", "PATCH", {"status": "STOPPED"})
+    stopped = server.wait(first, "STOPPED")
+    step = read_json(run / "run.json")["stopped_at_step"]
+    assert 2 <= step < 40 and (run / "checkpoints" / f"checkpoint-{step}" / "adapter_model.safetensors").is_file()
+    assert f"stopped by SIGTERM after step {step}." in stopped["status_message"]
+
+    second = server.post("train.ipynb", **given)["job_id"]
+    job = server.wait(second, "COMPLETED", "FAILED")
+    assert (job["status"], job["status_message"]) == ("COMPLETED", None)
+    files = fetch(server, folder, second)
+    steps = [json.loads(line)["step"] for line in files["metrics.jsonl"].read_text().splitlines()]
+    assert (steps[0], steps[-1]) == (1, 40)
+    settled = read_json(files["run.json"])["settings"]["train.learning_rate"]
+    assert (settled["value"], settled["from"]) == (0.002, "--set")
+    assert "step    40/40" in files["html"].read_text(encoding="utf-8")
