@@ -41,10 +41,13 @@ def wait_for(found: Callable[[], Any], seconds: float = 120) -> Any:
     return value
 
 
+VARIABLES = ("FORGEKIT_RUNS", "FORGEKIT_RUN", "FORGEKIT_SUPERVISED", "FORGEKIT_PARAMETERS", "FORGEKIT_JOBS")
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A server's folder; no variable of another run reaches it."""
-    for name in ("FORGEKIT_RUNS", "FORGEKIT_RUN", "FORGEKIT_SUPERVISED", "FORGEKIT_PARAMETERS", "FORGEKIT_JOBS"):
+    for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     path = tmp_path / "server's folder"
     path.mkdir()
@@ -57,6 +60,7 @@ class Server:
 
     address: str
     token: str
+    folder: Path
     log: Path
 
     def ask(self, path: str, method: str = "GET", body: Any = None) -> Any:
@@ -96,7 +100,7 @@ def serve(folder: Path, project: Path, *options: str) -> Iterator[Server]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = Server(f"http://127.0.0.1:{port}", secrets.token_hex(16), own / "server.log")
+    server = Server(f"http://127.0.0.1:{port}", secrets.token_hex(16), folder, own / "server.log")
     folders = {name: str(own / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_DATA_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")}  # fmt: skip
     path = os.pathsep.join((str(project), os.environ.get("PYTHONPATH", "")))
     lab = ["--no-browser", f"--ServerApp.port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={server.token}"]  # fmt: skip
@@ -129,9 +133,14 @@ def answers(server: Server) -> bool:
         return False
 
 
-@pytest.fixture
-def server(folder: Path, project_folder: Path) -> Iterator[Server]:
-    """JupyterLab on the folder."""
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, project_folder: Path) -> Iterator[Server]:
+    """JupyterLab on a folder of its own."""
     pytest.importorskip("jupyter_scheduler", reason="needs jupyter-scheduler: pip install forgekit[jobs]")
-    with serve(folder, project_folder) as started:
-        yield started
+    folder = tmp_path_factory.mktemp("jobs") / "server's folder"
+    folder.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in VARIABLES:
+            patch.delenv(name, raising=False)
+        with serve(folder, project_folder) as started:
+            yield started

@@ -47,21 +47,22 @@ trainer.train()
 def write_recipe(folder: Path, settings: dict[str, Any]) -> str:
     """Write a recipe into the server's folder; return its path from there."""
     path = folder / "params" / "small.yaml"
-    path.parent.mkdir()
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(settings))
     return "params/small.yaml"
 
 
-def fetch(server: Server, folder: Path, job: str) -> dict[str, Path]:
+def fetch(server: Server, job: str) -> dict[str, Path]:
     """Download a job's outputs; return where they are, by format."""
     assert not server.job(job)["downloaded"]
     assert server.ask(f"scheduler/jobs/{job}/download_files") is None
     described = server.job(job)
     assert described["downloaded"]
-    return {file["file_format"]: folder / file["file_path"] for file in described["job_files"]}
+    return {file["file_format"]: server.folder / file["file_path"] for file in described["job_files"]}
 
 
-def test_jobs_wait_run_stop_go_on_and_are_fetched(server: Server, folder: Path) -> None:
+def test_jobs_wait_run_stop_go_on_and_are_fetched(server: Server) -> None:
+    folder = server.folder
     recipe = write_recipe(folder, {"train": {"max_steps": 40, "seed": 5}})
     path = "notebooks/deep/toy.ipynb"
     write_notebook(folder / path, START, WAIT)
@@ -97,7 +98,7 @@ def test_jobs_wait_run_stop_go_on_and_are_fetched(server: Server, folder: Path) 
     assert handed["settings"] == {"train.max_steps": 7, "adapter.layers": ["attention"]}
     assert handed["recipe"] == str(folder / recipe)
 
-    files = fetch(server, folder, second)
+    files = fetch(server, second)
     assert files.keys() == {"ipynb", "html", "run.json", "metrics.jsonl", "input"}
     assert read_json(files["run.json"]) == read_json(run / "run.json")
     assert files["run.json"].read_text().count('"completed"') == 1
@@ -111,39 +112,41 @@ def test_jobs_wait_run_stop_go_on_and_are_fetched(server: Server, folder: Path) 
     assert os.listdir(folder / "notebooks" / "deep") == ["toy.ipynb"]
 
 
-def test_the_form_gets_one_environment_and_a_token_is_not_stored(server: Server, folder: Path) -> None:
-    write_notebook(folder / "toy.ipynb", START)
+def test_the_form_gets_one_environment_and_a_token_is_not_stored(server: Server) -> None:
+    path = "notebooks/toy.ipynb"
+    write_notebook(server.folder / path, START)
     (environment,) = server.ask("scheduler/runtime_environments")
     assert environment["name"] == "forgekit" and "forgekit run" in environment["description"]
     assert [each["name"] for each in environment["output_formats"]] == ["ipynb", "html", "run.json", "metrics.jsonl"]
     features = server.ask("scheduler/config")["supported_features"]
     assert {name for name, there in features.items() if there} >= {"stop_job", "delete_job", "output_formats"}
-    token = "hf_" + "Q7" * 17
-    answer = server.post("toy.ipynb", **{"data.path": token})
+    token, before = "hf_" + "Q7" * 17, server.ask("scheduler/jobs")["total_count"]
+    answer = server.post(path, **{"data.path": token})
     assert "looks like a token" in answer["message"] and token not in json.dumps(answer)
-    assert server.ask("scheduler/jobs")["total_count"] == 0
+    assert server.ask("scheduler/jobs")["total_count"] == before
     # parameter values are data: what is Python stays text, and is refused where a number is wanted
     code = "__import__('pathlib').Path('hacked').touch()"
-    job = server.job(server.post("toy.ipynb", **{"train.max_steps": code, "x = 1\nimport os": "1"})["job_id"])
+    job = server.job(server.post(path, **{"train.max_steps": code, "x = 1\nimport os": "1"})["job_id"])
     assert job["status"] == "FAILED" and "no such parameter" in job["status_message"]
-    job = server.job(server.post("toy.ipynb", **{"train.max_steps": code})["job_id"])
+    job = server.job(server.post(path, **{"train.max_steps": code})["job_id"])
     assert job["status"] == "FAILED" and "it should be a whole number" in job["status_message"]
-    assert not list(folder.parent.rglob("hacked"))
+    assert not list(server.folder.parent.rglob("hacked"))
 
 
 @pytest.mark.slow
 def test_a_training_is_stopped_with_a_checkpoint_and_a_second_job_goes_on(
-    server: Server, folder: Path, tiny_folder: Path, orders_file: Path
+    server: Server, tiny_folder: Path, orders_file: Path
 ) -> None:
+    folder = server.folder
     settings: dict[str, Any] = {
         "data": {"path": str(orders_file)},
         "model": {"id": str(tiny_folder), "engine": "huggingface", "device": "cpu", "load_in": "16bit", "max_length": 256},
         "train": {"max_steps": 40, "save_steps": 10, "learning_rate": 0.1, "gradient_accumulation_steps": 1},
     }  # fmt: skip
-    given = {"recipe": write_recipe(folder, settings), "run_name": "first", "train.learning_rate": "2e-3"}
-    write_notebook(folder / "train.ipynb", START, TRAIN)
-    first = server.post("train.ipynb", **given)["job_id"]
-    run = folder / "runs" / "first"
+    given = {"recipe": write_recipe(folder, settings), "run_name": "trained", "train.learning_rate": "2e-3"}
+    write_notebook(folder / "notebooks" / "train.ipynb", START, TRAIN)
+    first = server.post("notebooks/train.ipynb", **given)["job_id"]
+    run = folder / "runs" / "trained"
     wait_for(lambda: (run / "status.json").exists() and read_json(run / "status.json")["step"] >= 2, 240)
     server.ask(f"scheduler/jobs/{first}", "PATCH", {"status": "STOPPED"})
     stopped = server.wait(first, "STOPPED")
@@ -151,10 +154,10 @@ def test_a_training_is_stopped_with_a_checkpoint_and_a_second_job_goes_on(
     assert 2 <= step < 40 and (run / "checkpoints" / f"checkpoint-{step}" / "adapter_model.safetensors").is_file()
     assert f"stopped by SIGTERM after step {step}." in stopped["status_message"]
 
-    second = server.post("train.ipynb", **given)["job_id"]
+    second = server.post("notebooks/train.ipynb", **given)["job_id"]
     job = server.wait(second, "COMPLETED", "FAILED")
     assert (job["status"], job["status_message"]) == ("COMPLETED", None)
-    files = fetch(server, folder, second)
+    files = fetch(server, second)
     steps = [json.loads(line)["step"] for line in files["metrics.jsonl"].read_text().splitlines()]
     assert (steps[0], steps[-1]) == (1, 40)
     settled = read_json(files["run.json"])["settings"]["train.learning_rate"]
