@@ -150,17 +150,27 @@ class RunScheduler(Scheduler):
     def serve(self, number: int) -> None:
         """Run one job after the other while this slot is free."""
         while True:
-            slot = self.take_slot(number)
-            job = self.claim() if slot else None
-            if slot and job:
+            try:
+                ran = self.run_next(number)
+            except Exception:  # noqa: BLE001  # a database that is locked too long, a full disk: the queue has to outlive it
+                self.log.exception("forgekit: the queue goes on after an error")
+                ran = False
+            if not ran:
+                self.work.wait(LOOK_SECONDS)
+                self.work.clear()
+
+    def run_next(self, number: int) -> bool:
+        """Run the oldest waiting job in this slot; say whether there was one and the slot was free."""
+        slot = self.take_slot(number)
+        if slot is None:
+            return False
+        with slot:
+            job = self.claim()
+            if job:
                 executor = self.make_executor(job)
                 executor.slot = slot.fileno()
                 executor.process()
-            if slot:
-                slot.close()
-            if job is None:
-                self.work.wait(LOOK_SECONDS)
-                self.work.clear()
+        return job is not None
 
     def take_slot(self, number: int) -> IO[str] | None:
         """Lock a slot, or return None while another server or a run of its has it."""

@@ -44,8 +44,8 @@ def test_the_job_form_takes_settings_and_shows_what_is_wrong(job_lab: Server, br
         form = page.locator("body").inner_text()
         assert "Settings, versions, scores and state" in form and "Metrics of each step" in form
         page.get_by_role("button", name="Create", exact=True).click()
-        page.get_by_text("Failed").first.wait_for()
-        page.get_by_role("link", name="01_text").or_(page.locator("a", has_text="01_text")).first.click()
+        page.locator("td", has_text="Failed").wait_for()
+        page.locator("td a", has_text="01_text").first.click()
         page.get_by_text("adapter.rr: no such parameter or setting. Did you mean adapter.r?").wait_for()
         page.screenshot(path=pictures / "job-detail.png", full_page=True)
     page.close()

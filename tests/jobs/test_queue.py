@@ -148,6 +148,29 @@ def test_a_job_that_forgekit_run_refuses_says_what_it_said(make_scheduler: Calla
         submit(scheduler, "nothing.ipynb")
 
 
+class Unlucky(RunExecutor):
+    """Meets a locked database when its first job begins."""
+
+    met: list[str] = []
+
+    def before_start(self) -> None:
+        self.met.append(self.job_id)
+        if len(self.met) == 1:
+            raise OSError("database is locked")
+        super().before_start()
+
+    def execute(self) -> None:
+        pass
+
+
+def test_the_queue_outlives_an_error_of_its_own(make_scheduler: Callable[..., Any], folder: Path) -> None:
+    write_notebook(folder / "toy.ipynb", START)
+    scheduler = make_scheduler(execution_manager_class=Unlucky)
+    first, second = submit(scheduler), submit(scheduler)
+    wait_until_ended(scheduler, second)
+    assert Unlucky.met == [first, second]
+
+
 class Planned(RunExecutor):
     """Notes where a run would take place, instead of running."""
 
