@@ -152,7 +152,7 @@ class RunScheduler(Scheduler):
         while True:
             try:
                 ran = self.run_next(number)
-            except Exception:  # noqa: BLE001  # a database that is locked too long, a full disk: the queue has to outlive it
+            except Exception:  # a database that is locked too long, a full disk: the queue has to outlive it
                 self.log.exception("forgekit: the queue goes on after an error")
                 ran = False
             if not ran:
