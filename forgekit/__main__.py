@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .arguments import read_assignments, read_seconds, spread_set
+from .arguments import read_assignments, read_folder, read_seconds, spread_set
 from .errors import ConfigError, ForgekitError, RunNameError
 
 FAILED, USAGE, GATES_FAILED, INTERRUPTED = 1, 2, 3, 130
@@ -74,6 +74,8 @@ def make_parser() -> argparse.ArgumentParser:
         type=read_seconds,
         help="longest time from a signal to the end of the run; default: 30 s, or two steps where those take longer",
     )
+
+    verb.add_argument("--cwd", metavar="DIR", type=read_folder, help="run the notebook in this folder, not in its own")
 
     verb = verbs.add_parser(
         "plan",
@@ -199,6 +201,7 @@ def run(options: argparse.Namespace) -> int:
         options.name,
         options.timeout,
         options.grace,
+        options.cwd,
     )
     print_summary(finished)
     return finished.record["exit_code"]
@@ -260,12 +263,18 @@ def slice_model(options: argparse.Namespace) -> int:
 
 
 def start_lab(arguments: list[str]) -> int:
-    """Replace this process by JupyterLab."""
+    """Replace this process by JupyterLab; with the extra `jobs` its job form starts runs."""
     from .environment import set_environment
+    from .jobs.server import list_options
+    from .runs.session import find_package
 
     set_environment()
+    os.environ |= find_package()
     root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []  # Jupyter refuses root otherwise
-    os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", *root, *arguments])
+    os.execv(
+        sys.executable,
+        [sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", *list_options(), *root, *arguments],
+    )
 
 
 if __name__ == "__main__":
