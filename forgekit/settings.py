@@ -12,6 +12,7 @@ from .gate_settings import check_gates, check_metrics, check_regression
 from .layer_groups import LAYERS_HELP, check_layers, describe_groups
 from .paths import check_status_file
 from .slice_presets import SLICE_HELP, check_slice
+from .tracker_settings import check_trackers
 
 Switch = Annotated[  # YAML 1.1 and Python say true and false where a recipe says on and off
     Literal["auto", "on", "off"], BeforeValidator(lambda value: {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value)
@@ -240,8 +241,10 @@ class Train(Section):
     guard: Literal["stop", "warn"] = setting(
         "stop", "what a failed check of the training stack does before the first step"
     )
-    report_to: Names = setting(
-        (), "trackers that transformers knows, for instance tensorboard; metrics.jsonl is always written"
+    report_to: Annotated[tuple[str, ...], BeforeValidator(check_trackers)] = setting(
+        (),
+        "trackers that follow the training from processes of their own: tensorboard, trackio, or module:function of your own; "
+        "logs/metrics.jsonl is always written",
     )
     status_file: Annotated[str | None, BeforeValidator(check_status_file)] = setting(
         None, "a second place for status.json, for other programs that poll"

@@ -92,9 +92,15 @@ def add_lab(verbs: Any) -> None:
 
 
 def start_lab(arguments: list[str]) -> int:
-    """Replace this process by JupyterLab."""
+    """Replace this process by JupyterLab; with the extra `jobs` its job form starts runs."""
     from ..environment import set_environment
+    from ..jobs.server import list_options
+    from ..runs.session import find_package
 
     set_environment()
+    os.environ |= find_package()
     root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []  # Jupyter refuses root otherwise
-    os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", *root, *arguments])
+    os.execv(
+        sys.executable,
+        [sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", *list_options(), *root, *arguments],
+    )

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..arguments import read_assignments, read_number, read_seconds
+from ..arguments import read_assignments, read_folder, read_number, read_seconds
 from .codes import GATES_FAILED
 
 
@@ -55,6 +55,7 @@ def add_run(verbs: Any) -> None:
         type=read_seconds,
         help="longest time from a signal to the end of the run; default: 30 s, or two steps where those take longer",
     )
+    verb.add_argument("--cwd", metavar="DIR", type=read_folder, help="run the notebook in this folder, not in its own")
     verb.set_defaults(act=run)
 
 
@@ -71,6 +72,7 @@ def run(options: argparse.Namespace) -> int:
         options.name,
         options.timeout,
         options.grace,
+        options.cwd,
     )
     print_summary(finished)
     return finished.record["exit_code"]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..adapter.plan import TOWER_KINDS, LayerPlan, check_plan_against_data, plan_layers
-from ..config import Config
+from ..config import Config, flatten
 from ..data.collate import Collator
 from ..errors import ConfigError
 from ..hardware import choose_device
@@ -15,6 +15,7 @@ from ..model.load import start_engine
 from ..model.slice import record_slice
 from ..model.trust import describe_source
 from ..run_folder import Run, describe_settings, write_text
+from ..tracker_settings import check_installed
 from .exact import ExactTraining
 from .identity import identify
 from .learning_rates import scale_learning_rates
@@ -49,6 +50,7 @@ def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config,
     Raises ConfigError when a setting names something that transformers does not know; `.train()` raises ModelError before
     a step whose loss or gradient is not finite, and RunError when a checkpoint cannot be written or resumed.
     """
+    check_installed(config.train.report_to)
     start_engine(config)
     plan = plan_layers(config, model.config)
     check_towers(plan, data["train"])
@@ -61,11 +63,13 @@ def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config,
     from .progress import Progress
     from .stop import StopSwitch
     from .together import train_together
+    from .tracking import Tracking
 
     progress = Progress()
     log, status = RunLog(run, progress), StatusFile(run, config.train.status_file)
     switch = StopSwitch(run, log.write)
-    callbacks: list[Any] = [progress, log, status, switch]
+    tracking = Tracking(config.train.report_to, run, flatten(config.model_dump()), log.write)
+    callbacks: list[Any] = [progress, log, status, switch, tracking]
     if in_notebook():
         callbacks.append(LiveCurve())
     if config.train.early_stopping:
@@ -73,7 +77,7 @@ def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config,
     trainer = make_trainer(model, processor, data, config, run, callbacks)
     train_together(trainer, config, data, plan, run, switch, log.write)
     resume_training(trainer, config, run, log.write)
-    guard_training(trainer, log, status, switch)
+    guard_training(trainer, switch, log, status, tracking)
     return trainer
 
 
@@ -120,8 +124,8 @@ def check_towers(plan: LayerPlan, rows: "Dataset") -> None:
     check_plan_against_data(plan, kinds)
 
 
-def guard_training(trainer: Any, log: Any, status: Any, switch: Any) -> None:
-    """Let `trainer.train` end its step when it is interrupted, and tell log and status.json of an error before it goes on."""
+def guard_training(trainer: Any, switch: Any, *tellers: Any) -> None:
+    """Let `trainer.train` end its step when it is interrupted, and tell the tellers of an error before it goes on."""
     from .stop import catch_interrupt
 
     train = trainer.train
@@ -132,7 +136,7 @@ def guard_training(trainer: Any, log: Any, status: Any, switch: Any) -> None:
             with catch_interrupt(switch):
                 return train(*args, **kwargs)
         except BaseException as error:
-            for teller in (log, status):
+            for teller in tellers:
                 with contextlib.suppress(OSError):  # the disk may be full, and that may be the error
                     teller.fail(error)
             raise
@@ -209,7 +213,7 @@ def make_arguments(config: Config, engine: str, run: Run) -> "SFTConfig":
             max_length=config.model.max_length if engine == "unsloth" else None,  # rows were measured by load_data
             dataset_kwargs={"skip_prepare_dataset": True},
             remove_unused_columns=False,
-            report_to=list(train.report_to) or "none",
+            report_to="none",  # trackers run in processes of their own (tracking.py)
             disable_tqdm=True,
         )
         use_one_gpu(arguments)
