@@ -166,7 +166,7 @@ def wait_for_ends(backend: Ray, *names: str) -> dict[str, Any]:
 
 def lose_a_node(cluster: Cluster, root: Path, told: dict[str, Any]) -> None:
     """Exit codes, GPUs, a refused token, a stop, and a node that is killed during a run."""
-    backend = open_ray()
+    backend = open_ray(root)
     told["nodes"], told["free"] = len(backend.nodes()), backend.free()
     stranger = start_stranger(root)
     backend.start(toy(root, "gpu", "--steps", "60", "--seconds", "0.1", gpus=1))
@@ -197,7 +197,7 @@ def lose_a_node(cluster: Cluster, root: Path, told: dict[str, Any]) -> None:
 
 def lose_a_raylet(cluster: Cluster, root: Path, told: dict[str, Any]) -> None:
     """The node is given up while its run lives on: it saves and ends before the next attempt begins."""
-    backend = open_ray()
+    backend = open_ray(root)
     backend.start(toy(root, "gpu", "--steps", "600", "--seconds", "0.1", "--save", "3", gpus=1))
     wait_for(lambda: (root / "gpu" / "checkpoint").exists())
     cluster.kill_raylet()
@@ -209,7 +209,7 @@ def lose_a_raylet(cluster: Cluster, root: Path, told: dict[str, Any]) -> None:
 
 def lose_a_training(cluster: Cluster, root: Path, told: dict[str, Any]) -> None:
     """The same with `forgekit run`: two equal trainings, one of which loses its node."""
-    backend = open_ray(command=None, lost_seconds=20)
+    backend = open_ray(root, command=None, lost_seconds=20)
     given = (root / "arguments").read_text().split("\n")
     jobs = {name: make_job(root, name, *given, "--name", name, gpus=gpus) for name, gpus in (("whole", 0), ("torn", 1))}
     for job in jobs.values():
@@ -225,19 +225,12 @@ def lose_a_training(cluster: Cluster, root: Path, told: dict[str, Any]) -> None:
     backend.close()
 
 
-def open_ray(**options: Any) -> Ray:
-    """Connect as soon as both nodes are there."""
-    ready: list[Ray] = []
-
-    def try_it() -> bool:
-        with contextlib.suppress(RunError):
-            ready.append(Ray(f"127.0.0.2:{PORT}", **{"command": COMMAND, "lost_seconds": LOST_SECONDS} | options))
-        return bool(ready)
-
-    wait_for(try_it)
-    wait_for(lambda: len(ready[0].nodes()) == 2)
+def open_ray(root: Path, **options: Any) -> Ray:
+    """Connect once both nodes are there: a driver that comes earlier may hang on the second one, and die with it."""
+    logs = [root / f"node-127-0-0-{number}.log" for number in (2, 3)]
+    wait_for(lambda: all(log.exists() and "Ray runtime started" in log.read_text() for log in logs))
     print(f"two nodes after {time.monotonic() - BEGAN:.0f} s", flush=True)
-    return ready[0]
+    return Ray(f"127.0.0.2:{PORT}", **{"command": COMMAND, "lost_seconds": LOST_SECONDS} | options)
 
 
 def start_stranger(root: Path) -> subprocess.Popen[str]:
