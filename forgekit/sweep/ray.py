@@ -59,16 +59,12 @@ class Ray:
         """
         self.cpus, self.slots, self.command, self.lost_seconds = cpus, slots, command, lost_seconds
         self.ray = connect(address)
-        self.gpus = gpus
+        self.gpus = gpus if gpus is not None else int(any(node.get("GPU") for node in self.nodes()))
         self.task = self.ray.remote(max_retries=0, retry_exceptions=False)(run_attempt)
         self.known: list[Mapping[str, float]] = []
         self.running: dict[str, tuple[Job, str, Any]] = {}
         self.asked: Counter[str] = Counter()  # how often each was asked to stop
         self.ended: dict[str, End] = {}
-
-    def has_gpus(self) -> bool:
-        """Say whether a living node has any."""
-        return any(node.get("GPU") for node in self.nodes())
 
     def nodes(self) -> list[Mapping[str, float]]:
         """Return what each living node has: CPU, GPU, memory."""
@@ -89,8 +85,7 @@ class Ray:
 
     def free(self) -> int:
         """Return how many more runs the living nodes have room for, beside this sweep's own."""
-        gpus = self.gpus if self.gpus is not None else int(self.has_gpus())
-        slots = self.slots or sum(count_room(node, self.cpus, gpus) for node in self.nodes())
+        slots = self.slots or sum(count_room(node, self.cpus, self.gpus) for node in self.nodes())
         return max(0, slots - len(self.running))
 
     def poll(self) -> dict[str, End]:
