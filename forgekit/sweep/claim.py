@@ -29,7 +29,7 @@ FOLDER, ORDER, CLAIM = ".jobs", "order.json", "claim.json"
 LOST_SECONDS = 90.0
 BEATS = 18  # in lost_seconds
 TICK_SECONDS = 0.2
-STOP, REPLACED, SILENT, CUT_OFF, TAKEN = "stop", "replaced", "silent", "cut off", "taken"
+STOP, HURRY, REPLACED, SILENT, CUT_OFF, TAKEN = "stop", "hurry", "replaced", "silent", "cut off", "taken"
 
 
 def find_folder(job: Job) -> Path:
@@ -37,8 +37,11 @@ def find_folder(job: Job) -> Path:
     return job.root / FOLDER / job.name
 
 
-def order(job: Job, attempt: str, stop: bool = False) -> None:
-    """Say which attempt is wanted; every other one of this run ends itself. Raises RunError when it cannot be written."""
+def order(job: Job, attempt: str, stop: int = 0) -> None:
+    """Say which attempt is wanted; every other one of this run ends itself.
+
+    `stop` counts how often the sweep asked it to: 1 saves, 2 ends at once. Raises RunError when it cannot be written.
+    """
     try:
         write_json(find_folder(job) / ORDER, {"attempt": attempt, "stop": stop})
     except OSError as error:
@@ -60,7 +63,7 @@ class Claim:
     follows_a_loss: bool = False  # the claim before this one was never given back
 
     def take(self, asked: Callable[[], bool] = lambda: False) -> str | None:
-        """Wait until nobody else has the run, and claim it. Return None, or why it is not to run: STOP or REPLACED.
+        """Wait until nobody else has the run, and claim it. Return None, or why it is not to run: STOP, HURRY or REPLACED.
 
         Raises RunError when this machine does not see the sweep's order.
         """
@@ -105,7 +108,7 @@ class Claim:
         return None
 
     def look(self) -> str | None:
-        """Raise the count when it is time; return STOP, REPLACED or SILENT (to end), CUT_OFF or TAKEN (to kill), or None."""
+        """Raise the count when it is time; return STOP, HURRY, REPLACED or SILENT (to end), CUT_OFF or TAKEN (to kill), or None."""
         now = time.monotonic()
         if now - self.looked_at >= self.lost_seconds / BEATS:
             self.looked_at = now
@@ -125,14 +128,15 @@ class Claim:
         return self.read_order()
 
     def read_order(self) -> str | None:
-        """Return STOP or REPLACED when the sweep says so; an order that cannot be read just now says nothing."""
+        """Return STOP, HURRY or REPLACED when the sweep says so; an order that cannot be read just now says nothing."""
         try:
             given = read_json(find_folder(self.job) / ORDER)
         except RunError:
             return None
         if given.get("attempt") != self.attempt:
             return REPLACED
-        return STOP if given.get("stop") else None
+        stop = given.get("stop", 0)
+        return HURRY if stop > 1 else STOP if stop else None
 
     def is_ours(self) -> bool | None:
         """Say whose claim stands in the file; None when it cannot be read just now."""

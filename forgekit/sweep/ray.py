@@ -12,6 +12,7 @@ import contextlib
 import os
 import time
 import uuid
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,10 +59,12 @@ class Ray:
         """
         self.cpus, self.slots, self.command, self.lost_seconds = cpus, slots, command, lost_seconds
         self.ray = connect(address)
-        self.gpus = gpus
+        self.gpus = gpus if gpus is not None else int(any(node.get("GPU") for node in self.nodes()))
         self.task = self.ray.remote(max_retries=0, retry_exceptions=False)(run_attempt)
         self.known: list[Mapping[str, float]] = []
         self.running: dict[str, tuple[Job, str, Any]] = {}
+        self.asked: Counter[str] = Counter()  # how often each was asked to stop
+        self.ended: dict[str, End] = {}
 
     def nodes(self) -> list[Mapping[str, float]]:
         """Return what each living node has: CPU, GPU, memory."""
@@ -82,20 +85,17 @@ class Ray:
 
     def free(self) -> int:
         """Return how many more runs the living nodes have room for, beside this sweep's own."""
-        nodes = self.nodes()
-        gpus = self.gpus if self.gpus is not None else int(any(node.get("GPU") for node in nodes))
-        slots = self.slots or sum(count_room(node, self.cpus, gpus) for node in nodes)
+        slots = self.slots or sum(count_room(node, self.cpus, self.gpus) for node in self.nodes())
         return max(0, slots - len(self.running))
 
     def poll(self) -> dict[str, End]:
         """Return the jobs that have ended since the last call."""
         tasks = {task: name for name, (_, _, task) in self.running.items()}
-        if not tasks:
-            return {}
-        done, _ = self.ray.wait(list(tasks), num_returns=len(tasks), timeout=0)
-        ended = {tasks[task]: self.read_end(task) for task in done}
-        for name in ended:
-            del self.running[name]
+        done = self.ray.wait(list(tasks), num_returns=len(tasks), timeout=0)[0] if tasks else []
+        ended, self.ended = self.ended, {}
+        for task in done:
+            del self.running[tasks[task]], self.asked[tasks[task]]
+            ended[tasks[task]] = self.read_end(task)
         return ended
 
     def read_end(self, task: Any) -> End:
@@ -115,7 +115,8 @@ class Ray:
         if name not in self.running:
             return
         job, attempt, task = self.running[name]
-        order(job, attempt, stop=True)
+        self.asked[name] += 1
+        order(job, attempt, self.asked[name])
         if (read_claim(find_folder(job)) or {}).get("attempt") != attempt:  # no node has begun with it
             self.ray.cancel(task)  # one that began in this moment hears it as SIGINT and stops as ordered
 
@@ -124,7 +125,7 @@ class Ray:
         for name in list(self.running):
             self.stop(name)
         while self.running:
-            self.poll()
+            self.ended |= self.poll()
             time.sleep(TICK_SECONDS)
         self.ray.shutdown()
 

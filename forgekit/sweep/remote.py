@@ -21,8 +21,8 @@ from ..errors import RunError
 from ..run_folder import DONE, read_json
 from ..runs.outcome import GATES_FAILED
 from ..runs.session import find_package
-from ..runs.supervise import PARENT
-from .claim import CUT_OFF, LOST_SECONDS, STOP, TAKEN, TICK_SECONDS, Claim, find_folder
+from ..runs.supervise import PARENT, TWICE_SECONDS
+from .claim import CUT_OFF, HURRY, LOST_SECONDS, STOP, TAKEN, TICK_SECONDS, Claim, find_folder
 from .job import End, Job
 
 STOPPED = 128 + signal.SIGTERM
@@ -41,7 +41,8 @@ class Attempt:
         self.claim = Claim(job, attempt, lost_seconds)
         self.signals: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT)
         self.heard: set[int] = set()
-        self.told = False  # the run has had its SIGTERM
+        self.told = 0  # how often the run has had SIGTERM, and when last (monotonic seconds)
+        self.told_at = 0.0
         self.process: subprocess.Popen[bytes] | None = None
 
     def run(self) -> End:
@@ -56,7 +57,7 @@ class Attempt:
         """Wait for the run, start it unless it has ended already, and wait for its end."""
         word = self.claim.take(lambda: bool(self.heard))
         if word:
-            return NOT_BEGUN if word == STOP else End(None, "a newer attempt has the run")
+            return NOT_BEGUN if word in (STOP, HURRY) else End(None, "a newer attempt has the run")
         try:
             done = find_end(self.job) if self.claim.follows_a_loss else None
             if done:
@@ -102,13 +103,18 @@ class Attempt:
         return End(code) if code >= 0 else End(128 - code, f"ended by {signal.Signals(-code).name}")
 
     def look_after(self, process: subprocess.Popen[bytes]) -> None:
-        """Raise the claim's count, and hand on what it says: SIGTERM once; a kill when somebody else may begin."""
+        """Raise the claim's count, and hand on what it says: SIGTERM, again in a hurry; a kill when somebody else may begin."""
         word = self.claim.look()
         if word in (CUT_OFF, TAKEN):
             kill_tree(process.pid)
-        elif (word or self.heard) and not self.told:
-            self.told = True
+        elif (word or self.heard) and not self.told or word == HURRY and self.told == 1 and self.is_apart():
+            self.told += 1
+            self.told_at = time.monotonic()
             process.terminate()
+
+    def is_apart(self) -> bool:
+        """Say whether a second SIGTERM would be taken for one; twice at once is what wrappers do with Ctrl-C."""
+        return time.monotonic() - self.told_at > TWICE_SECONDS + 1
 
     @contextlib.contextmanager
     def hear_signals(self) -> Iterator[None]:

@@ -119,6 +119,7 @@ class Slurm:
         more = {"requeue": True, **(parameters or {}).get("additional_parameters", {})}
         self.common["slurm_additional_parameters"] = more
         self.running: dict[str, Submitted] = {}
+        self.ended: dict[str, End] = {}
         if cluster == "slurm" and submitit.SlurmExecutor.affinity() <= 0:
             raise RunError(
                 "this machine has no srun: start the sweep where you would call sbatch, or choose another --backend."
@@ -152,9 +153,12 @@ class Slurm:
 
     def poll(self) -> dict[str, End]:
         """Return the jobs that have ended since the last call; sacct is asked seldom, results are seen at once."""
-        ended = {name: end for name, one in self.running.items() if (end := one.read_end())}
-        for name in ended:
-            del self.running[name]
+        ended, self.ended = self.ended, {}
+        for name, one in list(self.running.items()):
+            end = one.read_end()
+            if end:
+                del self.running[name]
+                ended[name] = end
         return ended
 
     def stop(self, name: str) -> None:
@@ -162,8 +166,8 @@ class Slurm:
         if name not in self.running:
             return
         one = self.running[name]
-        one.asked = True
-        order(one.job, one.attempt, stop=True)
+        one.asked += 1
+        order(one.job, one.attempt, one.asked)
         if self.cluster == "slurm":
             # without a signal's name, scancel would leave a running job KillWait, 30 seconds, for its checkpoint
             subprocess.run(["scancel", "--state=PENDING", one.submitted.job_id], capture_output=True)
@@ -173,7 +177,7 @@ class Slurm:
         for name in list(self.running):
             self.stop(name)
         while self.running:
-            self.poll()
+            self.ended |= self.poll()
             time.sleep(TICK_SECONDS)
 
 
@@ -184,7 +188,7 @@ class Submitted:
     job: Job
     attempt: str
     submitted: Any
-    asked: bool = False
+    asked: int = 0  # how often it was asked to stop
     over_at: float | None = None
 
     def read_end(self) -> End | None:
@@ -198,7 +202,7 @@ class Submitted:
             return None
         self.over_at = self.over_at or time.monotonic()
         late = time.monotonic() - self.over_at > (REQUEUE_SECONDS if preempted else RESULT_SECONDS)
-        never_ran = self.asked and state.startswith("CANCELLED")  # `stop` cancels those that wait
+        never_ran = bool(self.asked) and state.startswith("CANCELLED")  # `stop` cancels those that wait
         return self.read_state(state) if late or never_ran else None
 
     def read_result(self) -> End:

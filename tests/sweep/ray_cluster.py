@@ -160,13 +160,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def wait_for_ends(backend: Ray, *names: str) -> dict[str, Any]:
     ends: dict[str, Any] = {}
-    wait_for(lambda: ends.update(backend.poll()) or set(names) <= ends.keys())
+    wait_for(lambda: ends.update(backend.poll()) or set(names) <= ends.keys(), 300)
     return {name: [end.code, end.reason] for name, end in ends.items()}
 
 
 def lose_a_node(cluster: Cluster, root: Path, told: dict[str, Any]) -> None:
     """Exit codes, GPUs, a refused token, a stop, and a node that is killed during a run."""
-    backend = open_ray()
+    backend = open_ray(root)
     told["nodes"], told["free"] = len(backend.nodes()), backend.free()
     stranger = start_stranger(root)
     backend.start(toy(root, "gpu", "--steps", "60", "--seconds", "0.1", gpus=1))
@@ -196,12 +196,15 @@ def lose_a_node(cluster: Cluster, root: Path, told: dict[str, Any]) -> None:
 
 
 def lose_a_raylet(cluster: Cluster, root: Path, told: dict[str, Any]) -> None:
-    """The node is given up while its run lives on: it saves and ends before the next attempt begins."""
-    backend = open_ray()
-    backend.start(toy(root, "gpu", "--steps", "600", "--seconds", "0.1", "--save", "3", gpus=1))
+    """Only the node's own process dies; whatever Ray leaves alive there, the next attempt begins after it has ended."""
+    backend = open_ray(root)
+    backend.start(toy(root, "gpu", "--steps", "600", "--seconds", "0.1", gpus=1))
     wait_for(lambda: (root / "gpu" / "checkpoint").exists())
+    run = psutil.Process(read_lines(root / "gpu" / "events.jsonl")[0]["pid"])
     cluster.kill_raylet()
     told["lost"] = wait_for_ends(backend, "gpu")
+    wait_for(lambda: not is_there(run))
+    told["ended at"] = time.monotonic()
     backend.start(toy(root, "gpu", "--steps", "60", "--seconds", "0.02"))
     told["resumed"] = wait_for_ends(backend, "gpu")
     backend.close()
@@ -209,35 +212,27 @@ def lose_a_raylet(cluster: Cluster, root: Path, told: dict[str, Any]) -> None:
 
 def lose_a_training(cluster: Cluster, root: Path, told: dict[str, Any]) -> None:
     """The same with `forgekit run`: two equal trainings, one of which loses its node."""
-    backend = open_ray(command=None, lost_seconds=20)
+    backend = open_ray(root, command=None, lost_seconds=20)
     given = (root / "arguments").read_text().split("\n")
     jobs = {name: make_job(root, name, *given, "--name", name, gpus=gpus) for name, gpus in (("whole", 0), ("torn", 1))}
     for job in jobs.values():
         backend.start(job)
     metrics = root / "torn" / "logs" / "metrics.jsonl"
-    wait_for(lambda: sum("loss" in line for line in read_lines(metrics)) >= 13, 300)
+    wait_for(lambda: sum("loss" in line for line in read_lines(metrics)) >= 8, 300)
     cluster.kill_second()
     told["lost at"] = len(read_lines(metrics))
     told["lost"] = wait_for_ends(backend, "torn")
-    wait_for(lambda: backend.free() > 0 or backend.poll(), 300)
     backend.start(make_job(root, "torn", *given, "--name", "torn"))
     told["resumed"] = wait_for_ends(backend, "torn")
     backend.close()
 
 
-def open_ray(**options: Any) -> Ray:
-    """Connect as soon as both nodes are there."""
-    ready: list[Ray] = []
-
-    def try_it() -> bool:
-        with contextlib.suppress(RunError):
-            ready.append(Ray(f"127.0.0.2:{PORT}", **{"command": COMMAND, "lost_seconds": LOST_SECONDS} | options))
-        return bool(ready)
-
-    wait_for(try_it)
-    wait_for(lambda: len(ready[0].nodes()) == 2)
+def open_ray(root: Path, **options: Any) -> Ray:
+    """Connect once both nodes are there: a driver that comes earlier may hang on the second one, and die with it."""
+    logs = [root / f"node-127-0-0-{number}.log" for number in (2, 3)]
+    wait_for(lambda: all(log.exists() and "Ray runtime started" in log.read_text() for log in logs))
     print(f"two nodes after {time.monotonic() - BEGAN:.0f} s", flush=True)
-    return ready[0]
+    return Ray(f"127.0.0.2:{PORT}", **{"command": COMMAND, "lost_seconds": LOST_SECONDS} | options)
 
 
 def start_stranger(root: Path) -> subprocess.Popen[str]:

@@ -116,7 +116,7 @@ def test_stop_and_a_newer_attempt_are_heard_while_waiting_and_while_running(
 ) -> None:
     order(job, "a")
     first = Machine(job, "a", monkeypatch)
-    order(job, "a", stop=True)
+    order(job, "a", stop=1)
     first.live(0.3)
     assert first.words[-1] == STOP
     assert Claim(job, "a", SECONDS).take() == STOP

@@ -96,16 +96,15 @@ def is_of_ray(pid: int) -> bool:
 
 
 @pytest.mark.slow
-def test_a_run_that_outlives_its_node_saves_before_the_next_attempt_begins(
-    play: Callable[[Path, str], dict[str, Any]], tmp_path: Path
-) -> None:
+def test_nothing_of_a_run_outlives_its_raylet(play: Callable[[Path, str], dict[str, Any]], tmp_path: Path) -> None:
     told = play(tmp_path, "raylet")
     assert told["lost"]["gpu"][0] is None and told["resumed"] == {"gpu": [0, None]}
     events = read_lines(tmp_path / "gpu" / "events.jsonl")
-    assert [event["what"] for event in events] == ["begin", "saved after parent", "begin", "end"]
-    assert events[1]["at"] < events[2]["at"]
+    # Ray's worker notices and kills the command; of `forgekit run` the kernel would still save, as tests/runs shows
+    assert [event["what"] for event in events] == ["begin", "begin", "end"]
+    assert told["ended at"] < events[1]["at"]
     steps = [line["step"] for line in read_lines(tmp_path / "gpu" / "logs" / "metrics.jsonl")]
-    assert steps == list(range(1, 61)) and told["left"] == []
+    assert sorted(set(steps)) == list(range(1, 61)) and len(steps) <= 61 and told["left"] == []
 
 
 SLOWLY = """
@@ -139,7 +138,7 @@ def test_a_training_whose_node_is_killed_ends_with_the_losses_of_one_that_was_no
         "model.load_in": "16bit",
         "model.max_length": 256,
         "adapter.lora_dropout": 0.1,
-        "train.max_steps": 30,
+        "train.max_steps": 16,
         "train.save_steps": 5,
         "train.logging_steps": 1,
     }
@@ -151,8 +150,8 @@ def test_a_training_whose_node_is_killed_ends_with_the_losses_of_one_that_was_no
     for name in ("whole", "torn"):
         lines = [line for line in read_lines(tmp_path / name / "logs" / "metrics.jsonl") if "loss" in line]
         losses[name] = [(line["step"], line["loss"]) for line in lines]
-    assert [step for step, _ in losses["whole"]] == list(range(1, 31))
+    assert [step for step, _ in losses["whole"]] == list(range(1, 17))
     assert dict(losses["torn"]) == dict(losses["whole"])
-    repeated = len(losses["torn"]) - 30
+    repeated = len(losses["torn"]) - 16
     assert 0 <= repeated <= 5  # save_steps
     assert len(json.loads((tmp_path / "torn" / "run.json").read_text())["attempts"]) == 1

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -67,23 +68,40 @@ def test_exit_code_output_and_variables(tmp_path: Path, monkeypatch: pytest.Monk
         assert json.loads((find_folder(job) / CLAIM).read_text())["ended"]
 
 
-@pytest.mark.parametrize("how", ["order", "SIGTERM", "SIGINT"])
-def test_a_stop_reaches_the_run_which_saves(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_stop_is_a_second_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "TWICE_SECONDS", -0.8)  # so that 0.2 s lie between two
+    job = make_job(tmp_path)
+    attempt, sent = Attempt(job, "a", COMMAND), []
+    process: Any = SimpleNamespace(terminate=lambda: sent.append(time.monotonic()))
+    for stop, signals in ((0, 0), (1, 1), (2, 2), (3, 2)):
+        order(job, "a", stop)
+        attempt.claim.looked_at = -1e9
+        attempt.claim.raised_at = time.monotonic()
+        for _ in range(4):
+            attempt.look_after(process)
+            time.sleep(0.1)
+        assert len(sent) == signals
+    assert sent[1] - sent[0] > 0.2
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_signal_reaches_the_run_which_saves(how: signal.Signals, tmp_path: Path) -> None:
     job = make_job(tmp_path, "--steps", "600")
-    if how == "order":
-        monkeypatch.setattr("forgekit.sweep.claim.BEATS", 900)  # the order is looked at ten times a second
-    if how != "order":
-        process = start_elsewhere(job)
-        process.send_signal(signal.Signals[how])
-        assert process.communicate()[0] == b"143\n"
-    else:
-        order(job, "a")
-        attempt = Attempt(job, "a", COMMAND)
-        attempt.start()
-        attempt.claim.take()
-        wait_for(lambda: read_events(job))
-        order(job, "a", stop=True)
-        assert attempt.follow() == End(143)
+    process = start_elsewhere(job)
+    process.send_signal(how)
+    assert process.communicate()[0] == b"143\n"
+    assert [event["what"] for event in read_events(job)] == ["begin", "saved after SIGTERM"]
+
+
+def test_an_order_to_stop_reaches_the_run_which_saves(tmp_path: Path) -> None:
+    job = make_job(tmp_path, "--steps", "600")
+    order(job, "a")
+    attempt = Attempt(job, "a", COMMAND, lost_seconds=9)  # it looks twice a second
+    attempt.claim.take()
+    attempt.start()
+    wait_for(lambda: read_events(job))
+    order(job, "a", stop=1)
+    assert attempt.follow() == End(143)
     assert [event["what"] for event in read_events(job)] == ["begin", "saved after SIGTERM"]
 
 

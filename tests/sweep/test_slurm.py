@@ -70,15 +70,13 @@ def test_an_exit_code_comes_back_and_a_stop_saves(tmp_path: Path) -> None:
     for job in jobs:
         backend.start(job)
     assert backend.free() == 0
-    wait_for(lambda: read_events(jobs[1]))
+    wait_for(lambda: read_events(jobs[1]) and len(read_events(jobs[0])) == 2)
     backend.stop("long")
     backend.stop("unknown")
-    ends: dict[str, End] = {}
-    wait_for(lambda: ends.update(backend.poll()) or len(ends) == 2, 60)
-    assert ends == {"toy": End(3), "long": End(143)}
+    backend.close()
+    assert backend.poll() == {"toy": End(3), "long": End(143)}
     assert whats(jobs[1]) == ["begin", "saved after SIGTERM"] and backend.free() == 2
     assert stat.S_IMODE((tmp_path / FOLDER / "slurm").stat().st_mode) == 0o700
-    backend.close()
 
 
 def test_a_preempted_job_is_requeued_and_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -137,7 +135,7 @@ def take_away(task: int, state: Path) -> None:
     os.kill(task, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("end", [warn, take_away])
+@pytest.mark.parametrize("end", [pytest.param(warn, marks=pytest.mark.slow), take_away])
 def test_a_job_whose_node_is_needed_is_requeued_under_its_number(
     end: Callable[[int, Path], None], cluster: Path, tmp_path: Path
 ) -> None:
