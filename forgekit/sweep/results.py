@@ -64,7 +64,8 @@ class Results:
 
         short = {"run": row["run"], "state": row["state"]}
         short |= {name.partition(".")[2] or name: write_value(row.get(name)) for name in self.changed}
-        if self.score and self.score != HELD_OUT_LOSS:
+        scored = any(self.score and other.get(self.score) is not None for other in self.rows)
+        if scored and self.score and self.score != HELD_OUT_LOSS:
             metric = find_metric(self.score)
             value, low, high = (row.get(f"{self.score}{end}") for end in ("", "_low", "_high"))
             if any(other.get("before") is not None for other in self.rows):

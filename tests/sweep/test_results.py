@@ -167,6 +167,9 @@ def test_nothing_and_one_run_are_said_in_words() -> None:
     assert found.sentence in repr(found) and found.rows == [] and found.table.empty and found.differences.empty
     write_run("alone", 0.5)
     found = read_results()
+    assert "JSON equal, %" in found.table.columns
+    (Path("runs") / "alone" / "metrics/scores.json").unlink()
+    assert [*read_results().table.columns] == ["run", "state", "held-out loss", "steps", "seconds"]
     assert found.sentence == "One run in runs: nothing to compare it with." and len(found.figure().axes) == 1
 
 
