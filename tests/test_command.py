@@ -471,7 +471,16 @@ def test_lab_starts_jupyterlab_on_this_machine_alone_and_hands_options_on(
     monkeypatch.setattr(os, "execv", lambda program, arguments: started.append((program, arguments)))
     main(["lab", "--no-browser", "notebooks"])
     options = list_options()
-    command = [sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", *options, *root, "--no-browser", "notebooks"]
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--ServerApp.ip=127.0.0.1",
+        *options,
+        *root,
+        "--no-browser",
+        "notebooks",
+    ]
     assert started == [(sys.executable, command)]
 
 

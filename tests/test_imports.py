@@ -38,7 +38,7 @@ TIERS = (
     ("evaluate",),
     ("train",),
     ("export",),
-    ("panels", "runs", "jobs", "project", "doctor", "arguments"),
+    ("panels", "runs", "jobs", "sweep", "project", "doctor", "arguments"),
     ("__main__",),
 )
 RANKS = {name: rank for rank, names in enumerate(TIERS) for name in names}
