@@ -26,7 +26,7 @@ REGISTRY_HOST = re.compile(
     re.IGNORECASE,
 )
 # `someone` is whoever the tests of hiding home folders make up
-HOME_FOLDER = re.compile(r"(?<![\w.~-])/(?:root|home/(?!someone\b)[a-z]\w*|Users/[A-Za-z]\w*)/")
+HOME_FOLDER = re.compile(r"(?<![\w.~-])/(?:root|home/(?!someone)[a-z]\w*|Users/(?!someone)[A-Za-z]\w*)/")
 
 
 @pytest.fixture(scope="module")

@@ -271,7 +271,8 @@ def test_homes_are_shortened_where_paths_begin(monkeypatch: pytest.MonkeyPatch) 
     )
     assert found == "~/a '~' /home/(user)/b file://~/c \x1b[0;32m~/d\\n~/e"
     assert (
-        hide_homes("/Users/bob/x (/home/al) C:\\Users\\bob\\y") == "/Users/(user)/x (/home/(user)) C:\\Users\\(user)\\y"
+        hide_homes("/Users/someone/x (/home/someoneelse) C:\\Users\\someone\\y")
+        == "/Users/(user)/x (/home/(user)) C:\\Users\\(user)\\y"
     )
     assert hide_homes("?path=%2Fhome%2Fsomeone%2Fx") == "?path=~%2Fx"
     monkeypatch.setenv("HOME", "/")  # some containers' users
