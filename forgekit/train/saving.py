@@ -64,14 +64,19 @@ class Checkpoints(TrainerCallback):
     # ---- what -------------------------------------------------------------------------------------------------------
 
     def save(self) -> Path:
-        """Write a checkpoint of this moment, which must not lie inside an optimiser step. Raises RunError."""
+        """Write a checkpoint of this moment, which must not lie inside an optimiser step. Raises RunError.
+
+        Where several processes train together each calls this, and the first one writes.
+        """
         trainer, state = self.trainer, self.trainer.state
         path = self.folder / f"checkpoint-{state.global_step}"
         trainer.store_flos()
+        if trainer.group and trainer.group.rank:  # rank 0 alone writes
+            return path
         self.find_best(state, path)
         about = {
             "step": state.global_step,
-            "batch": {"rows": trainer.args.per_device_train_batch_size, "accumulated": trainer.args.gradient_accumulation_steps},
+            "batch": {"rows": trainer.args.per_device_train_batch_size, "accumulated": trainer.args.gradient_accumulation_steps * trainer.args.world_size},
             "since_log": note_losses(trainer),
             "identity": self.identity,
         }  # fmt: skip
@@ -110,7 +115,7 @@ def count_rows(args: Any) -> int:
 def note_losses(trainer: Any) -> dict[str, Any]:
     """Return the loss added up since the last line of the log and over the whole training; a float's text in JSON is exact."""
     return {
-        "loss": trainer._tr_loss.item(),
+        "loss": trainer._tr_loss.item() - sum(loss.item() for loss in trainer.step_losses),  # of a step that broke off
         "step": trainer._globalstep_last_logged,
         "total": trainer._total_loss_scalar,
     }
