@@ -22,7 +22,7 @@ from typing import Any
 
 from ..errors import RunError
 from ..run_folder import read_json, write_json
-from ..run_lock import LOCK, describe_process, is_alive, is_locked, read_owner
+from ..run_lock import LOCK, boot_id, describe_process, is_alive, is_locked, read_owner
 from .job import Job
 
 FOLDER, ORDER, CLAIM = ".jobs", "order.json", "claim.json"
@@ -171,8 +171,14 @@ def read_claim(folder: Path) -> dict[str, Any] | None:
 
 
 def is_over(claim: dict[str, Any] | None) -> bool:
-    """Say whether a claim binds nobody any more: none, given back, or of a process of this machine that has ended."""
-    return claim is not None and (not claim or bool(claim.get("ended")) or not is_alive(claim.get("process", {})))
+    """Say whether a claim binds nobody any more: none, given back, or of a process of this machine that has ended.
+
+    A machine is this one only with the same time since its start: others may have been given the same name.
+    """
+    if not claim or claim.get("ended"):
+        return claim is not None
+    process = claim.get("process", {})
+    return process.get("boot") == boot_id() and not is_alive(process)
 
 
 def forget_owner(run: Path, process: dict[str, Any]) -> None:

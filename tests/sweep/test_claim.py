@@ -1,6 +1,7 @@
 """Two machines never have one run: whoever is silent has ended before anybody else begins."""
 
 import json
+import platform
 import subprocess
 import sys
 import threading
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from forgekit.errors import RunError
-from forgekit.run_lock import LOCK, describe_process, lock_folder
+from forgekit.run_lock import LOCK, boot_id, describe_process, lock_folder
 from forgekit.sweep import claim
 from forgekit.sweep.claim import CUT_OFF, REPLACED, SILENT, STOP, TAKEN, Claim, find_folder, order
 from forgekit.sweep.job import Job
@@ -157,6 +158,20 @@ def test_an_order_that_cannot_be_written_is_an_error_of_the_run(tmp_path: Path) 
         order(Job("toy", tmp_path / "file", (), tmp_path), "a")
 
 
-@pytest.mark.parametrize("given", [{}, {"ended": True, "process": {"pid": 1}}])
-def test_none_and_one_given_back_are_over(given: dict[str, Any]) -> None:
-    assert claim.is_over(given) and not claim.is_over(None)
+HERE = {"machine": platform.node(), "boot": boot_id()}
+
+
+@pytest.mark.parametrize(
+    ("given", "over"),
+    [
+        (None, False),
+        ({}, True),
+        ({"ended": True, "process": HERE | {"machine": "elsewhere"}}, True),
+        ({"process": HERE | {"pid": 2**22 + 1}}, True),
+        ({"process": HERE | {"machine": "elsewhere", "pid": 2**22 + 1}}, False),
+        ({"process": HERE | {"boot": "another machine of this name", "pid": 2**22 + 1}}, False),
+        ({"process": describe_process()}, False),
+    ],
+)
+def test_whose_claim_is_over(given: dict[str, Any] | None, over: bool) -> None:
+    assert claim.is_over(given) is over

@@ -58,7 +58,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def test_a_run_whose_node_is_killed_goes_on_once_on_the_other(
     play: Callable[[Path, str], dict[str, Any]], tmp_path: Path
 ) -> None:
-    before = set(psutil.pids())
     told = play(tmp_path, "node")
     assert (told["nodes"], told["free"]) == (2, 1)  # one of them has a GPU
     assert told["seen"]["machine"] == "node-127-0-0-3" and told["seen"]["CUDA_VISIBLE_DEVICES"] == "0"
@@ -85,14 +84,11 @@ def test_a_run_whose_node_is_killed_goes_on_once_on_the_other(
     assert not (tmp_path / "queued").exists()
     assert "joined" not in told["stranger"] and "RAY_AUTH_TOKEN_PATH" in told["stranger"]
     assert told["left"] == []
-    assert not [pid for pid in set(psutil.pids()) - before if is_of_ray(pid)]
+    assert not [process for process in psutil.process_iter(["cmdline"]) if names(process, told["sockets"])]
 
 
-def is_of_ray(pid: int) -> bool:
-    try:
-        return "ray" in " ".join(psutil.Process(pid).cmdline())
-    except psutil.Error:
-        return False
+def names(process: psutil.Process, folder: str) -> bool:
+    return folder in " ".join(process.info["cmdline"] or [])
 
 
 @pytest.mark.slow

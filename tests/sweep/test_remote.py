@@ -1,7 +1,7 @@
 """One attempt on one machine: its end, its signals, its variables, and a run that outlives it only to save."""
 
 import json
-import os
+import platform
 import signal
 import subprocess
 import sys
@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from forgekit.run_folder import write_json
+from forgekit.run_lock import boot_id
 from forgekit.sweep import remote
 from forgekit.sweep.claim import CLAIM, Claim, find_folder, order
 from forgekit.sweep.job import End, Job
@@ -139,7 +140,9 @@ def test_a_run_that_had_ended_when_its_machine_was_lost_is_not_run_again(tmp_pat
     job = make_job(tmp_path)
     for state, code, ended in (("completed", 0, True), ("gates_failed", 3, True), ("stopped", 0, False)):
         write_json(tmp_path / job.name / "run.json", {"state": state, "exit_code": code})
-        write_json(find_folder(job) / CLAIM, {"holder": "x", "process": {"machine": os.uname().nodename}})
+        write_json(
+            find_folder(job) / CLAIM, {"holder": "x", "process": {"machine": platform.node(), "boot": boot_id()}}
+        )
         order(job, "b")
         end = Attempt(job, "b", COMMAND).run()
         assert (end.code, bool(read_events(job))) == (code, not ended)
