@@ -1,5 +1,6 @@
 """`forgekit sweep`: checked, locked, run on a backend, compared."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def show_plan(file: Path) -> str:
     plan = plan_sweep(file)
     lines = [f"{point.name}  {write_value(point.settings)}" for point in plan.points]
     ranges = plan.sweep.search.space.items() if plan.sweep.search else ()
-    lines += [f"{name}  {place.kind} {write_value(place.values)}" for name, place in ranges]
+    lines += [f"{name}  {place.kind} {json.dumps(place.values)}" for name, place in ranges]
     better = "more" if plan.maximize else "less"
     return "\n".join([f"{count_runs(plan)}, compared by {plan.score} ({better} is better), {plan.folder}", *lines])
 

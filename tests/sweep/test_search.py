@@ -12,6 +12,7 @@ import pytest
 from forgekit.errors import ConfigError
 from forgekit.sweep import search
 from forgekit.sweep.plan import plan_sweep
+from forgekit.sweep.run import show_plan
 
 from .conftest import read_record, read_started, read_states, write_sweep
 from .test_control import wait_for
@@ -118,6 +119,12 @@ def test_pruning_needs_held_out_losses_or_takes_the_training_s() -> None:
     with pytest.raises(ConfigError, match="held_out_loss is measured during training"):
         plan_sweep(write_sweep(prune() | {"settings": {}}))
     assert plan_sweep(write_sweep(prune(by="loss") | {"settings": {}})).sweep.search is not None
+
+
+def test_a_dry_run_shows_the_ranges() -> None:
+    lines = show_plan(write_sweep(SEARCH)).splitlines()
+    assert lines[0].startswith("a search of 6 runs, compared by json_equal (more is better), ")
+    assert lines[2] == 'adapter.layers  choices [["mlp"], ["attention", "mlp"]]'
 
 
 def test_without_optuna_the_extra_is_named(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
