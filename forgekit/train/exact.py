@@ -6,6 +6,7 @@ from typing import Any
 from ..data.randomness import kept_random_numbers
 from ..errors import ModelError
 from ..faults import strike
+from ..link import tell
 from .order import Order, SeededRows
 
 SCALE_STEPS = 20  # float16 starts with losses scaled by 65536 and halves that at each overflow: below 1 after 17
@@ -37,6 +38,12 @@ class ExactTraining:
         rows = SeededRows(dataset, self.order) if is_training else dataset
         return super()._get_dataloader(rows, *args, is_training=is_training, **kwargs)  # type: ignore[misc]
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Tell the supervisor that a step begins: reading its rows may hang, too."""
+        trainer: Any = self
+        tell(step=trainer.state.global_step + 1)
+        return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Score without drawing from training's random numbers: a score more or less changes no dropout."""
         with kept_random_numbers():
@@ -63,10 +70,10 @@ class ExactTraining:
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         return found if return_outputs else strike("forward", found)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """Note the batch's loss."""
-        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
-        strike("backward")
+        loss = super().training_step(model, *args, **kwargs)  # type: ignore[misc]
+        strike("backward", model)
         self.step_losses.append(loss)
         return loss
 

@@ -23,7 +23,7 @@ class Checkpoints(TrainerCallback):
         self.folder = Path(trainer.args.output_dir)
         self.resumed: Path | None = None
         self.saved_at = time.monotonic()
-        self.stepping = False  # between the first and the last weight that the optimiser changes
+        self.stepping = False  # from the first weight that the optimiser changes to the step's number
 
     # ---- when -------------------------------------------------------------------------------------------------------
 
@@ -42,7 +42,8 @@ class Checkpoints(TrainerCallback):
         order.epoch = state.global_step // -(-len(order) // count_rows(args))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for a checkpoint when the last one is old, and after the last step."""
+        """Note that the step is whole; ask for a checkpoint when the last one is old, and after the last step."""
+        self.stepping = False
         old = self.minutes is not None and time.monotonic() - self.saved_at >= 60 * self.minutes
         control.should_save |= old or state.global_step >= state.max_steps
 
@@ -57,8 +58,7 @@ class Checkpoints(TrainerCallback):
         self.stepping = True
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note that all weights have changed."""
-        self.stepping = False
+        """Pass the fault point: all weights have changed, and neither schedule nor step number say so yet."""
         strike("after_step")
 
     # ---- what -------------------------------------------------------------------------------------------------------

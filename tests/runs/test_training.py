@@ -12,15 +12,8 @@ import pytest
 
 from forgekit.run_folder import read_json
 
-from .conftest import PARAMETERS, START, Ended, write_notebook
+from .conftest import LOAD, PARAMETERS, START, Ended, write_notebook
 
-LOAD = """
-processor = fk.load_processor(config)
-data = fk.load_data(config, processor)
-model, processor = fk.load_model(config)
-model = fk.add_adapter(model, config)
-trainer = fk.sft_trainer(model, processor, data, config, run)
-"""
 # the signal comes from the middle of step 3: its forward has been computed, its weights have not changed
 TRAIN = """
 import os, pathlib, signal
@@ -36,21 +29,6 @@ def signal_in_the_third(model, inputs, *rest):
 trainer.training_step = signal_in_the_third
 trainer.train()
 """
-
-
-@pytest.fixture
-def settings(tiny_folder: Path, orders_file: Path) -> dict:
-    """A run of 400 steps of the random checkpoint, which a test ends in the third."""
-    return {
-        "data.path": str(orders_file),
-        "model.id": str(tiny_folder),
-        "model.engine": "huggingface",
-        "model.device": "cpu",
-        "model.load_in": "16bit",
-        "model.max_length": 256,
-        "train.max_steps": 400,
-        "train.status_file": "elsewhere/status.json",
-    }
 
 
 def check_stopped(ended: Ended) -> None:
