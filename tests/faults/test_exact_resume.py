@@ -31,7 +31,9 @@ CASES = [
     ],
 )
 def test_every_step_and_every_fault(warm: Any, accumulation: str, step: int, fault: str, record_case: Any) -> None:
-    case = record_case(what="training", point=f"step, accumulation {accumulation}", action=fault)
+    case = record_case(
+        what="training", point=f"each step, {accumulation} batch{'es' * (accumulation == 'four')} a step", action=fault
+    )
     settings = {"one": ONE, "four": FOUR}[accumulation]
     if fault == "disk_full":  # files cannot grow any more
         case["happened"] = break_and_resume(warm, settings, "", full_disk_at=step)
@@ -64,7 +66,7 @@ def test_a_checkpoint_from_inside_a_step_turns_it_red(warm: Any) -> None:
 @pytest.mark.timeout(3600)
 def test_two_hundred_kills_at_random_moments(warm: Any, record_case: Any) -> None:
     """Each life is resumed by itself, loses at most save_steps, and repeats the losses of the steps it does again."""
-    case = record_case(what="training", point="random moments, also inside saves", action="kill9", times=KILLS)
+    case = record_case(what="training", point="random moments", action="kill9", times=KILLS)
     generator = random.Random(3407)
     settings = {"train.max_steps": 100_000, "train.lr_scheduler_type": "constant", "train.save_steps": 3}
     run, reached, inside, resumes = warm.new_run(), 0, 0, 0

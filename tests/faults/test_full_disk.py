@@ -16,6 +16,7 @@ from forgekit.train.checkpoint import list_checkpoints, verify_checkpoint
 from .breaking import EXACT, ONE, break_and_resume
 from .conftest import Warm
 
+STEPS = (1, 2, 9, 24)
 MOUNT = 'mount -t tmpfs -o size="$1" tmpfs "$2" && shift 2 && exec "$@"'
 
 
@@ -64,7 +65,7 @@ print(json.dumps([written, said, whole, names, find_newest(folder).name]))
 def test_checkpoints_fill_a_disk_until_one_is_refused_and_all_before_it_are_whole(
     tmp_path: Path, project_folder: Path, record_case: Any
 ) -> None:
-    case = record_case(what="checkpoint", point="any byte of it", action="full tmpfs")
+    case = record_case(what="checkpoint", point="save after save", action="full tmpfs")
     command = [*in_small_disk(tmp_path / "disk", "1m"), sys.executable, "-c", FILL, str(tmp_path / "disk")]
     done = subprocess.run(command, cwd=project_folder, capture_output=True, text=True)
     written, said, whole, names, newest = json.loads(done.stdout)
@@ -93,11 +94,11 @@ class SmallWarm(Warm):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("step", [1, 2, 9, 24])
+@pytest.mark.parametrize("step", STEPS)
 def test_a_training_on_a_disk_that_fills_up_goes_on_when_there_is_room(
     small: Warm, step: int, record_case: Any
 ) -> None:
-    case = record_case(what="training", point=f"step {step}", action="full tmpfs")
+    case = record_case(what="training", point="a step's beginning", action="full tmpfs")
     ballast = small.path("ballast")
 
     def free(run: Path) -> None:
@@ -135,7 +136,7 @@ def test_a_run_whose_disk_fills_up_still_says_how_it_ended(
     code: int,
     record_case: Any,
 ) -> None:
-    case = record_case(what="run", point=f"a cell, then {state}", action="full tmpfs")
+    case = record_case(what="run", point=f"a cell, the run {state}", action="full tmpfs")
     runs = tmp_path / "runs"
     notebook = write_notebook(tmp_path / "toy.ipynb", CELL, last)
     saved = tmp_path / "saved"

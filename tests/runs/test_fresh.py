@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,8 +66,9 @@ print("process", os.getpid())
 
 @pytest.mark.faults
 def test_a_training_whose_memory_runs_out_goes_on_in_a_fresh_kernel_with_the_same_rows_a_step(
-    execute: Execute, settings: dict
+    execute: Execute, settings: dict, record_case: Any
 ) -> None:
+    case = record_case(what="run", point="a step", action="out_of_memory")
     ended = execute(START, LOAD, OUT_OF_MEMORY, settings=settings | {"train.max_steps": 4, "train.save_steps": 1})
     record = ended.record
     assert (record["state"], record["exit_code"]) == ("completed", 0), record["error"]
@@ -76,3 +78,4 @@ def test_a_training_whose_memory_runs_out_goes_on_in_a_fresh_kernel_with_the_sam
     assert [resume["step"] for resume in record["resumes"]] == [2] and len(record["attempts"]) == 1
     state = read_json(ended.folder / "checkpoints" / "checkpoint-4" / "trainer_state.json")
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4]
+    case["happened"] = "a fresh kernel went on with half the rows at once and the same rows a step; completed"
