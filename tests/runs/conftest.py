@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import psutil
 import pytest
 
 from forgekit.run_folder import read_json
@@ -21,6 +22,7 @@ model, processor = fk.load_model(config)
 model = fk.add_adapter(model, config)
 trainer = fk.sft_trainer(model, processor, data, config, run)
 """
+CHILD = "child = subprocess.Popen(['sleep', '600'])\npathlib.Path('child').write_text(str(child.pid))\n"
 # what a cell can do to be hard to end; `saved` says that it had time to clean up
 WAIT = """
 import os, pathlib, signal, subprocess, sys, time
@@ -31,6 +33,14 @@ try:
 finally:
     pathlib.Path("saved").write_text("yes")
 """
+
+
+def is_gone(file: str) -> bool:
+    """Say whether the process whose number stands in a file has ended."""
+    try:
+        return psutil.Process(int(Path(file).read_text())).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def write_notebook(*sources: str, name: str = "toy.ipynb", tags: dict[int, list[str]] | None = None) -> Path:

@@ -20,7 +20,7 @@ from forgekit.runs import engine
 from forgekit.runs.engine import ForgekitEngine
 from forgekit.runs.headless import run_notebook
 
-from .conftest import PARAMETERS, START, Ended, write_notebook
+from .conftest import CHILD, PARAMETERS, START, Ended, is_gone, write_notebook
 
 KILL = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
 Execute = Callable[..., Ended]
@@ -77,9 +77,10 @@ def test_a_killed_kernel_is_recorded_within_five_seconds_and_no_later_cell_says_
     execute: Execute, record_case: Any
 ) -> None:
     case = record_case(what="run", point="a cell", action="`kill -9` of its kernel")
-    note = "import pathlib, time\npathlib.Path('killed').write_text(str(time.time()))\n"
+    note = f"import pathlib, subprocess, time\n{CHILD}pathlib.Path('killed').write_text(str(time.time()))\n"
     ended = execute(START, note + KILL, "print('never')")
     assert (ended.folder / "run.json").stat().st_mtime - float(Path("killed").read_text()) < 5
+    assert is_gone("child"), "what the kernel had started was left behind"
     assert ended.statuses() == ["completed", "failed", "pending"]
     record = ended.record
     assert (record["state"], record["signal"], record["exit_code"], record["cell"]) == ("crashed", "SIGKILL", 137, 4)

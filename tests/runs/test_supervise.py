@@ -19,18 +19,9 @@ from forgekit.run_lock import lock_folder
 from forgekit.runs import supervise
 from forgekit.runs.supervise import Supervisor
 
-from .conftest import PARAMETERS, START, WAIT, Ended, write_notebook
+from .conftest import CHILD, PARAMETERS, START, WAIT, Ended, is_gone, write_notebook
 
 Execute = Callable[..., Ended]
-CHILD = "child = subprocess.Popen(['sleep', '600'])\npathlib.Path('child').write_text(str(child.pid))\n"
-
-
-def is_gone(file: str) -> bool:
-    """Say whether the process whose number stands in a file has ended."""
-    try:
-        return psutil.Process(int(Path(file).read_text())).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 def wait_for(found: Callable[[], bool], seconds: float = 30) -> None:
