@@ -1,4 +1,4 @@
-"""What every notebook of the project keeps to: six headings, few cells, small outputs, no trace of a machine."""
+"""What every notebook of the project keeps to: few cells, small outputs, no trace of a machine; those that train: six headings."""
 
 import ast
 import json
@@ -12,12 +12,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+COMPARE = "04_compare_runs"  # reads what others have made
+TRAINING = [path for path in NOTEBOOKS if path.stem != COMPARE]
 SIX = ["Data", "Model", "Adapter", "Train", "Evaluate", "Export"]
 # two folders deep and from the root; a web address or a closing tag does not look like that
 ABSOLUTE = re.compile(r"(?<![\w.<~/])/[A-Za-z][\w.-]*/[\w.-]+|[A-Z]:\\\w")
 LARGEST = 400_000  # bytes of stored outputs
 
+PARAMETERS = {COMPARE: [("sweep", "str"), ("runs", "str")]}
+
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+every_training = pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.stem)
 
 
 def read_code(path: Path) -> list[nbformat.NotebookNode]:
@@ -30,10 +35,10 @@ def plain_python(source: str) -> ast.Module:
 
 
 def test_there_is_a_notebook() -> None:
-    assert "01_text" in [path.stem for path in NOTEBOOKS]
+    assert {"01_text", COMPARE} <= {path.stem for path in NOTEBOOKS}
 
 
-@every_notebook
+@every_training
 def test_few_cells_under_the_six_words(path: Path) -> None:
     cells = nbformat.read(path, as_version=4).cells
     assert len(cells) <= 36
@@ -47,7 +52,8 @@ def test_papermill_shows_every_parameter_with_its_help(path: Path) -> None:
     command = [sys.executable, "-m", "papermill", "--help-notebook", str(path)]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.findall(r"^  (\w+): (\w+) \(default .*?\)\s+(\S.*)$", shown, re.MULTILINE)
-    assert [(name, kind) for name, kind, _ in found] == [("recipe", "str"), ("settings", "dict"), ("run_name", "str")]
+    usual = [("recipe", "str"), ("settings", "dict"), ("run_name", "str")]
+    assert [(name, kind) for name, kind, _ in found] == PARAMETERS.get(path.stem, usual)
     assert all(len(words) > 10 for *_, words in found)
 
 
@@ -55,7 +61,7 @@ def test_papermill_shows_every_parameter_with_its_help(path: Path) -> None:
 def test_to_example_is_the_only_function(path: Path) -> None:
     nodes = [node for cell in read_code(path) for node in ast.walk(plain_python(cell.source))]
     defined = [n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
-    assert defined == ["to_example"]
+    assert defined == ([] if path.stem == COMPARE else ["to_example"])
     assert not [node for node in nodes if isinstance(node, ast.If) and isinstance(node.test, ast.Constant)]
 
 
