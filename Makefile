@@ -3,6 +3,7 @@
 # except uv's download cache. Paths are relative, so a folder with a space in its name works.
 #   PYTHON=python3.12      makes .venv from this interpreter (default: any in range that uv finds)
 #   PYTEST_ARGS="-k text"  is passed on to pytest; `--slow` adds the slow tests
+#   WORKERS=4              processes that `make test` runs, each on one core and in up to 5 GB of memory
 #   LAB_ARGS="--no-browser" is passed on to JupyterLab
 
 SHELL := /bin/sh
@@ -12,6 +13,7 @@ SHELL := /bin/sh
 # The range that pyproject.toml requires; a name or a path takes its place.
 PYTHON ?= >=3.11,<3.14
 PYTEST_ARGS ?=
+WORKERS ?= 2
 LAB_ARGS ?=
 
 FAULTS := tests/faults tests/runs tests/test_run_lock.py tests/test_faults.py tests/train/test_checkpoint*.py
@@ -56,7 +58,7 @@ demo: .venv/.installed ## fine-tune the built-in tiny Gemma 3n on a CPU and show
 
 test: .venv/.installed-test ## run the default tests (CPU, minutes); PYTEST_ARGS=--slow adds the slow ones
 	@echo "forgekit: running the tests"
-	@.venv/bin/python -m pytest $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 faults: .venv/.installed-test ## break runs at every step and in every way, and write the README's table (up to an hour); PYTEST_ARGS=--only-missing goes on
 	@echo "forgekit: running the fault suite"

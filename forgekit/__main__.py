@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .arguments import read_assignments, read_seconds, spread_set
+from .arguments import read_assignments, read_folder, read_seconds, spread_set
 from .errors import ConfigError, ForgekitError, RunNameError
 
 FAILED, USAGE, GATES_FAILED, INTERRUPTED = 1, 2, 3, 130
@@ -50,6 +50,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="train.resume. auto (default): a run of that name that did not complete goes on from its newest checkpoint; never: it is refused; PATH: start from this checkpoint",
     )
     verb.add_argument(
+        "--gpus",
+        metavar="N",
+        type=int,
+        help="train.gpus: train on so many GPUs of this machine; a step's rows and their order stay the same",
+    )
+    verb.add_argument(
         "--allow-drift",
         metavar="NAME",
         action="append",
@@ -68,6 +74,8 @@ def make_parser() -> argparse.ArgumentParser:
         type=read_seconds,
         help="longest time from a signal to the end of the run; default: 30 s, or two steps where those take longer",
     )
+
+    verb.add_argument("--cwd", metavar="DIR", type=read_folder, help="run the notebook in this folder, not in its own")
 
     verb = verbs.add_parser(
         "plan",
@@ -185,14 +193,15 @@ def run(options: argparse.Namespace) -> int:
     from .runs.headless import run_notebook
     from .runs.summary import print_summary
 
-    own = {"train.resume": options.resume, "train.allow_drift": options.allow_drift}
+    own = {"train.resume": options.resume, "train.allow_drift": options.allow_drift, "train.gpus": options.gpus}
     finished = run_notebook(
         options.notebook,
         " + ".join(options.recipe or []) or None,
-        read_assignments(options.set) | {name: value for name, value in own.items() if value},
+        read_assignments(options.set) | {name: value for name, value in own.items() if value is not None},
         options.name,
         options.timeout,
         options.grace,
+        options.cwd,
     )
     print_summary(finished)
     return finished.record["exit_code"]
@@ -254,12 +263,18 @@ def slice_model(options: argparse.Namespace) -> int:
 
 
 def start_lab(arguments: list[str]) -> int:
-    """Replace this process by JupyterLab."""
+    """Replace this process by JupyterLab; with the extra `jobs` its job form starts runs."""
     from .environment import set_environment
+    from .jobs.server import list_options
+    from .runs.session import find_package
 
     set_environment()
+    os.environ |= find_package()
     root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []  # Jupyter refuses root otherwise
-    os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", *root, *arguments])
+    os.execv(
+        sys.executable,
+        [sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", *list_options(), *root, *arguments],
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the `forgekit` command makes of the words it was given: times, settings, and where a list of settings ends."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
@@ -19,6 +20,13 @@ def read_seconds(text: str) -> float:
     if not 0 < seconds < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is no time: write seconds, or 90m, 12h")
     return seconds
+
+
+def read_folder(text: str) -> Path:
+    """Return the path of a folder that exists."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is no folder")
+    return Path(text)
 
 
 def spread_set(arguments: list[str]) -> list[str]:

@@ -46,6 +46,11 @@ def find_conflicts(config: "Config") -> list[str]:
         problems.append(
             "train.max_steps is 0, so nothing would be learned. Set a number of steps, or -1 for num_train_epochs."
         )
+    if config.train.gpus > 1 and config.model.engine == "unsloth":
+        problems.append(
+            f"train.gpus is {config.train.gpus}, and Unsloth trains in one process on one GPU. Set model.engine: huggingface (or auto), "
+            "or train.gpus: 1."
+        )
     if config.adapter.path and config.model.load_in == "full":
         problems.append(
             "adapter.path continues an adapter, and model.load_in: full has none. Set load_in to 16bit or 4bit."

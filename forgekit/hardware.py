@@ -53,7 +53,7 @@ def memory_size() -> int:
 
 
 def choose_engine(config: "Config") -> str:
-    """Resolve `model.engine: auto`: Unsloth on a GPU, transformers + PEFT without one.
+    """Resolve `model.engine: auto`: Unsloth on one GPU, transformers + PEFT without one or on several.
 
     Raises ModelError when a GPU-only setting meets a machine without a GPU.
     """
@@ -71,6 +71,8 @@ def choose_engine(config: "Config") -> str:
         )
     if config.model.engine != "auto":
         return config.model.engine
+    if config.train.gpus > 1:  # Unsloth trains in one process
+        return "huggingface"
     return "unsloth" if hardware.device == "cuda" and config.model.device != "cpu" else "huggingface"
 
 

@@ -166,11 +166,13 @@ def shorten_path(path: Path) -> str:
     return os.path.relpath(path, here) if path.is_relative_to(here.parent) else str(path)
 
 
-def find_run_root(recipe: Path | None) -> Path:
-    """Return where runs stand: $FORGEKIT_RUNS, else runs/ beside the recipe's folder, else runs/ in the current folder."""
+def find_run_root(recipe: Path | None, folder: Path | None = None) -> Path:
+    """Return where runs stand: $FORGEKIT_RUNS, else runs/ beside the recipe's folder, else runs/ in `folder` or the current one."""
     if os.environ.get("FORGEKIT_RUNS"):
         return Path(os.environ["FORGEKIT_RUNS"]).absolute()
-    return (recipe.parent.parent if recipe and os.access(recipe.parent.parent, os.W_OK) else Path.cwd()) / "runs"
+    return (
+        recipe.parent.parent if recipe and os.access(recipe.parent.parent, os.W_OK) else folder or Path.cwd()
+    ) / "runs"
 
 
 def find_run(name: Path) -> Path:

@@ -12,6 +12,7 @@ from .gate_settings import check_gates, check_metrics, check_regression
 from .layer_groups import LAYERS_HELP, check_layers, describe_groups
 from .paths import check_status_file
 from .slice_presets import SLICE_HELP, check_slice
+from .tracker_settings import check_trackers
 
 Switch = Annotated[  # YAML 1.1 and Python say true and false where a recipe says on and off
     Literal["auto", "on", "off"], BeforeValidator(lambda value: {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value)
@@ -173,6 +174,13 @@ class Train(Section):
     seed: int = setting(3407, "seed of the adapter, the order of rows and dropout", ge=0, lt=2**32)
     per_device_train_batch_size: int = setting(2, "rows in one forward pass", ge=1)
     gradient_accumulation_steps: int = setting(4, "forward passes added up before one optimiser step", ge=1)
+    gpus: int = setting(
+        1,
+        "processes that train together, each with a GPU and a copy of the model of its own (on a CPU they share its cores); they share "
+        "the rows of a step, whose number and order stay",
+        ge=1,
+        le=64,
+    )
     learning_rate: float = setting(2e-4, "peak step size; lower it when the loss does not fall", gt=0, le=1)
     learning_rate_pattern: dict[str, Annotated[float, Field(gt=0)]] = setting(
         {}, "a factor on learning_rate for some groups, for instance {vision: 0.1}"
@@ -233,8 +241,10 @@ class Train(Section):
     guard: Literal["stop", "warn"] = setting(
         "stop", "what a failed check of the training stack does before the first step"
     )
-    report_to: Names = setting(
-        (), "trackers that transformers knows, for instance tensorboard; metrics.jsonl is always written"
+    report_to: Annotated[tuple[str, ...], BeforeValidator(check_trackers)] = setting(
+        (),
+        "trackers that follow the training from processes of their own: tensorboard, trackio, or module:function of your own; "
+        "logs/metrics.jsonl is always written",
     )
     status_file: Annotated[str | None, BeforeValidator(check_status_file)] = setting(
         None, "a second place for status.json, for other programs that poll"

@@ -13,6 +13,7 @@ from forgekit import __version__, doctor
 from forgekit.__main__ import main, read_assignments, read_seconds
 from forgekit.doctor import BAD, NOTE, OK, Finding
 from forgekit.errors import ConfigError
+from forgekit.jobs.server import list_options
 from forgekit.run_folder import Run, read_json
 from forgekit.runs import headless
 from forgekit.runs.outcome import Outcome
@@ -465,10 +466,21 @@ def test_lab_starts_jupyterlab_on_this_machine_alone_and_hands_options_on(
     user: int, root: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started = []
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))  # the server is to find this forgekit
     monkeypatch.setattr(os, "geteuid", lambda: user)
     monkeypatch.setattr(os, "execv", lambda program, arguments: started.append((program, arguments)))
     main(["lab", "--no-browser", "notebooks"])
-    command = [sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", *root, "--no-browser", "notebooks"]
+    options = list_options()
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--ServerApp.ip=127.0.0.1",
+        *options,
+        *root,
+        "--no-browser",
+        "notebooks",
+    ]
     assert started == [(sys.executable, command)]
 
 

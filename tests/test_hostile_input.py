@@ -207,9 +207,10 @@ def test_a_checkpoints_own_code_is_not_run(
     assert not marker.exists()
 
 
-def test_that_code_does_run_where_it_is_trusted(hostile_folder: Any) -> None:
-    from transformers import AutoConfig
+def test_that_code_does_run_where_it_is_trusted(hostile_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoConfig, Gemma3nConfig
 
+    monkeypatch.setattr(Gemma3nConfig, "_auto_class", Gemma3nConfig._auto_class)  # trusting writes it, for good
     folder, marker = hostile_folder
     change_json(folder / "config.json", model_type="no_such_type")
     AutoConfig.from_pretrained(folder, trust_remote_code=True)

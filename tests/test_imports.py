@@ -23,6 +23,7 @@ TIERS = (
         "faults",
         "settings",
         "slice_presets",
+        "tracker_settings",
         "recipe",
         "run_folder",
         "paths",
@@ -37,7 +38,7 @@ TIERS = (
     ("evaluate",),
     ("train",),
     ("export",),
-    ("panels", "runs", "project", "doctor", "arguments"),
+    ("panels", "runs", "jobs", "sweep", "project", "doctor", "arguments"),
     ("__main__",),
 )
 RANKS = {name: rank for rank, names in enumerate(TIERS) for name in names}
@@ -63,6 +64,7 @@ MAY_BE_HEAVY = (
     "train/stop.py",
     "train/saving.py",
     "train/progress.py",
+    "train/tracking.py",
     "table.py",
     "model/tiny*.py",
     "model/timm_args.py",

@@ -25,7 +25,8 @@ REGISTRY_HOST = re.compile(
     r"https?://[\w.-]*(?:pypi|pythonhosted|anaconda|artifactory|nexus|npmjs)[\w.-]*/",
     re.IGNORECASE,
 )
-HOME_FOLDER = re.compile(r"(?<![\w.~-])/(?:root|home/[a-z]\w*|Users/[A-Za-z]\w*)/")
+# `someone` is whoever the tests of hiding home folders make up
+HOME_FOLDER = re.compile(r"(?<![\w.~-])/(?:root|home/(?!someone)[a-z]\w*|Users/(?!someone)[A-Za-z]\w*)/")
 
 
 @pytest.fixture(scope="module")

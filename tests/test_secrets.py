@@ -102,7 +102,7 @@ def write_forms(value: str) -> set[str]:
 @pytest.fixture
 def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Eleven secrets: seven by shape, three by variable, and a home folder; all of them stand in variables, too."""
-    home = tmp_path / "homes" / "jane-of-the-test"
+    home = tmp_path / "homes" / "someone-of-the-test"
     home.mkdir(parents=True)
     secrets = {**SHAPED, **IN_VARIABLES, "home folder": f"{home}/private/notes.txt"}
     for number, (name, value) in enumerate(secrets.items()):
@@ -220,7 +220,7 @@ def test_other_services_tokens_are_removed(token: str) -> None:
         '"Authorization": "Basic {}"',
         "https://host.example/x?n=1&X-Amz-Signature={}&m=2",
         "http://127.0.0.1:8888/lab?token={}",
-        "https://jane:{}@host.example/x",
+        "https://someone:{}@host.example/x",
         '{{"api_key": "{}"}}',
         "password = {}",
     ],
@@ -238,9 +238,9 @@ def test_what_has_no_shape_is_removed_by_its_neighbours_which_stay(text: str) ->
         "hf_hub_download hf_device_map ghost_writer task-sk-learn desk-lamp-with-a-very-long-name",
         "max_new_tokens=256, pad_token_id=0, eos_token: <end_of_turn>, token = tokenizer(text)",
         "models--google--gemma-3n-E2B-it/snapshots/" + draw(40, "0123456789abcdef"),
-        "https://host.example:8080/a@b/home/alice/index.html?page=12345678901234567890",
+        "https://host.example:8080/a@b/home/someone/index.html?page=12345678901234567890",
         "api_key=None password: {password} loss 0.1234",
-        "runs/home/alice /homes /rooted ./home/x data/Users/x",
+        "runs/home/someone /homes /rooted ./home/x data/Users/x",
         base64.b64encode(random.Random(0).randbytes(100_000)).decode(),
     ],
 )
@@ -294,15 +294,16 @@ def test_variables_are_secret_by_their_name_and_only_when_their_value_can_be(mon
 
 
 def test_homes_are_shortened_where_paths_begin(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/jane")
+    monkeypatch.setenv("HOME", "/home/someone")
     found = hide_homes(
-        "/home/jane/a '/home/jane' /home/jane-x/b file:///home/jane/c \x1b[0;32m/home/jane/d\\n/home/jane/e"
+        "/home/someone/a '/home/someone' /home/someone-x/b file:///home/someone/c \x1b[0;32m/home/someone/d\\n/home/someone/e"
     )
     assert found == "~/a '~' /home/(user)/b file://~/c \x1b[0;32m~/d\\n~/e"
     assert (
-        hide_homes("/Users/bob/x (/home/al) C:\\Users\\bob\\y") == "/Users/(user)/x (/home/(user)) C:\\Users\\(user)\\y"
+        hide_homes("/Users/someone/x (/home/someoneelse) C:\\Users\\someone\\y")
+        == "/Users/(user)/x (/home/(user)) C:\\Users\\(user)\\y"
     )
-    assert hide_homes("?path=%2Fhome%2Fjane%2Fx") == "?path=~%2Fx"
+    assert hide_homes("?path=%2Fhome%2Fsomeone%2Fx") == "?path=~%2Fx"
     monkeypatch.setenv("HOME", "/")  # some containers' users
     assert hide_homes("/data/x /") == "/data/x /"
 
@@ -310,9 +311,9 @@ def test_homes_are_shortened_where_paths_begin(monkeypatch: pytest.MonkeyPatch) 
 def test_what_programs_read_back_keeps_its_paths_and_loses_its_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HOME", "/home/jane")
-    value = {"path": "/home/jane/rows.jsonl", "token": SHAPED["JWT"]}
-    for name, path in {"manifest.json": "/home/jane", "run.json": "~", "status.json": "~"}.items():
+    monkeypatch.setenv("HOME", "/home/someone")
+    value = {"path": "/home/someone/rows.jsonl", "token": SHAPED["JWT"]}
+    for name, path in {"manifest.json": "/home/someone", "run.json": "~", "status.json": "~"}.items():
         write_json(tmp_path / name, value)
         assert json.loads((tmp_path / name).read_text()) == {"path": f"{path}/rows.jsonl", "token": GONE}
     with open_whole(tmp_path / "train.jsonl", remove_known) as file:  # rows about tokens stay what they were

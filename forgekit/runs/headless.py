@@ -25,6 +25,7 @@ def run_notebook(
     name: str | None = None,
     timeout: float | None = None,
     grace: float | None = None,
+    folder: Path | None = None,
 ) -> Run:
     """Execute a notebook in its own kernel and keep it, as notebook and as HTML, in the run's folder.
 
@@ -36,6 +37,7 @@ def run_notebook(
             on, unless `train.resume` is never.
         timeout: seconds after which the run is asked to stop.
         grace: seconds from being asked to stop to having ended; None: the longer of 30 and two steps.
+        folder: where the notebook runs; None: its own folder.
 
     Returns the run; its record holds the state (completed, failed, stopped, crashed, gates_failed) and the exit code.
     What the cells print appears as it comes.
@@ -45,8 +47,9 @@ def run_notebook(
     """
     set_environment()
     parameters = find_parameters(notebook)
+    folder = (folder or notebook.parent).absolute()
     if not recipe and parameters["recipe"]:
-        recipe = " + ".join(map(str, find_recipes(parameters["recipe"], notebook.parent)))
+        recipe = " + ".join(map(str, find_recipes(parameters["recipe"], folder)))
     settings = find_here(settings)
     own = load_config(recipe, parameters["settings"], origin="notebook")
     config = own.change(settings, "--set")
@@ -55,7 +58,7 @@ def run_notebook(
     together = read_settings(parameters["settings"]) | settings
     supervisor = Supervisor(grace, timeout)
     with supervisor.catch_signals():
-        session = begin(config, name, notebook.name, supervisor, notebook.parent.absolute())
+        session = begin(config, name, notebook.name, supervisor, folder)
         run = session.run
         assert run is not None
         try:
@@ -95,7 +98,7 @@ def execute(notebook: Path, output: Path, session: Session) -> Outcome:
             stdout_file=Echo(sys.stdout),
             stderr_file=Echo(sys.stderr),
             start_timeout=300,
-            cwd=str(notebook.parent.absolute()),
+            cwd=str(session.folder or notebook.parent.absolute()),
         )
     return session.outcome
 

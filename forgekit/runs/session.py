@@ -31,6 +31,7 @@ class Session:
     run: Run | None = None
     parameters: Path | None = None  # the JSON file with the parameters, under `forgekit run`
     status: list[Path] = field(default_factory=list)
+    folder: Path | None = None  # where the notebook runs, when that is not its own folder
     finished: bool = False
     outcome: Outcome = field(default_factory=lambda: Outcome(FAILED, "the notebook could not be executed"))
 
@@ -108,7 +109,7 @@ def begin(config: Config, name: str | int | None, notebook: str, supervisor: Sup
     root = find_run_root(config.recipe)
     check_resume(config.train.resume, root / str(name or ""))
     run = open_named(root, name, config.train.resume != "never")
-    session = Session(supervisor, run, status=[run.path / "status.json"])
+    session = Session(supervisor, run, status=[run.path / "status.json"], folder=folder)
     if config.train.status_file:
         session.status.append(folder / Path(config.train.status_file).expanduser())
     with explain_disk(run.path):

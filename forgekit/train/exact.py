@@ -1,5 +1,9 @@
-"""What `sft_trainer` adds to TRL's trainer, so that a training resumes exactly, and stops where a number is none."""
+"""What `sft_trainer` adds to TRL's trainer, so that a training resumes exactly, and stops where a number is none.
 
+With a `group`, several processes take each step together: the same rows, the same losses, and decisions that rank 0 makes.
+"""
+
+import contextlib
 import math
 from typing import Any
 
@@ -23,6 +27,7 @@ class ExactTraining:
     checkpoints: Any
     step_losses: list[Any]
     overflows: int
+    group: Any = None  # a `Group` while several processes train together
 
     def prepare(self, order: Order, checkpoints: Any) -> None:
         """Set what is needed."""
@@ -31,12 +36,25 @@ class ExactTraining:
 
     # ---- rows -------------------------------------------------------------------------------------------------------
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
-        return self.order
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.group is None:
+            return self.order
+        from .share import Share
+
+        trainer: Any = self
+        return Share(self.order, trainer.args.train_batch_size, self.group.rank, self.group.size)
 
     def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
         rows = SeededRows(dataset, self.order) if is_training else dataset
-        return super()._get_dataloader(rows, *args, is_training=is_training, **kwargs)  # type: ignore[misc]
+        with contextlib.ExitStack() as stack:
+            if self.group:
+                from .share import collate_shared
+                from .trial import changed
+
+                trainer: Any = self
+                stack.enter_context(self.group.own_loader(trainer))
+                stack.enter_context(changed([trainer], "data_collator", collate_shared(trainer.data_collator)))
+            return super()._get_dataloader(rows, *args, is_training=is_training, **kwargs)  # type: ignore[misc]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Tell the supervisor that a step begins: reading its rows may hang, too."""
@@ -46,8 +64,28 @@ class ExactTraining:
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Score without drawing from training's random numbers: a score more or less changes no dropout."""
-        with kept_random_numbers():
+        with kept_random_numbers(), self.group.alone(self) if self.group else contextlib.nullcontext():
             return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+
+    # ---- decisions --------------------------------------------------------------------------------------------------
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self.agree()
+        super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
+        self.agree()
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        metrics = super()._evaluate(*args, **kwargs)  # type: ignore[misc]
+        if self.group:
+            metrics = self.group.share(metrics)
+            self.agree()
+        return metrics
+
+    def agree(self) -> None:
+        """Take over what rank 0 decided."""
+        if self.group:
+            trainer: Any = self
+            self.group.agree(trainer.control)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -61,6 +99,18 @@ class ExactTraining:
         else:
             super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        # one file, as one process writes it: with several, dropout depends on no earlier random number
+        trainer: Any = self
+        from .trial import changed
+
+        with changed([trainer.args] if self.group else [], "distributed_state", None):
+            super()._save_rng_state(output_dir)  # type: ignore[misc]
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if self.group is None:
+            super()._load_rng_state(checkpoint)  # type: ignore[misc]
+
     # ---- guards -----------------------------------------------------------------------------------------------------
 
     def compute_loss(
@@ -72,6 +122,9 @@ class ExactTraining:
 
     def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """Note the batch's loss."""
+        if self.group:
+            trainer: Any = self
+            self.group.seed_batch(self.order.seed, trainer.state.global_step, len(self.step_losses))
         loss = super().training_step(model, *args, **kwargs)  # type: ignore[misc]
         strike("backward", model)
         self.step_losses.append(loss)
@@ -80,8 +133,23 @@ class ExactTraining:
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)  # type: ignore[misc]
         losses, self.step_losses = self.step_losses, []
-        self.check_finite(losses, norm)
+        self.check_finite(self.exchange_losses(losses), norm)
         return norm
+
+    def exchange_losses(self, losses: list[Any]) -> list[Any]:
+        """Return the losses of the whole step's batches, in the order of its rows; the log's sum becomes that of all processes.
+
+        The others have to be there for it, so a step whose gradients lack somebody's part changes no weight.
+        """
+        if self.group is None:
+            return losses
+        import torch
+
+        trainer: Any = self
+        mine = torch.stack(losses).double().tolist()
+        found = self.group.gather(mine)
+        trainer._tr_loss += sum(map(sum, found)) / self.group.size - sum(mine)
+        return [torch.tensor(loss, device=losses[0].device) for batches in zip(*found, strict=True) for loss in batches]
 
     def check_finite(self, losses: list[Any], norm: Any) -> None:
         """Raise ModelError, naming the rows, when a loss or the gradient's length is no number; the weights are still good.

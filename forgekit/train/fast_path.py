@@ -30,6 +30,7 @@ class FastPath:
     kernel: str
     compiled: bool
     windows: dict[str, int | None]
+    uncompiled_batches: int = 0  # the first ones, which do not wait for the compiler
     layers: list[Any] | None = None  # some of the layers, for the guard; None: all
     on: bool = True
     rows: Rows | None = None  # of the batch that is in its forward now
@@ -40,9 +41,14 @@ class FastPath:
     tokens: int = 0  # of them computed in the lower layers
     learned: int = 0  # of them computed in the upper layers
 
+    @property
+    def compiles(self) -> bool:
+        """Whether the next batch is computed by compiled layers."""
+        return self.compiled and self.batches >= self.uncompiled_batches
+
     def get_step(self, function: Any, again: bool = False) -> Any:
         """Return the function, compiled if that was asked for; `again`: its backward computes again what it needs."""
-        if not self.compiled:
+        if not self.compiles:
             return function
         if (function, again) not in self.steps:
             self.steps[function, again] = compile_again(function) if again else torch.compile(function, options=COMPILER)  # fmt: skip
@@ -116,7 +122,12 @@ def compile_again(function: Any) -> Any:
 
 
 def enable_fast_path(
-    model: Any, *, memory: str | float = "auto", compiled: bool = False, kernel: str = "auto"
+    model: Any,
+    *,
+    memory: str | float = "auto",
+    compiled: bool = False,
+    uncompiled_batches: int = 1,
+    kernel: str = "auto",
 ) -> FastPath | None:
     """Replace the model's training forward by one that skips rows without a label; call it when adapter and trainer are made.
 
@@ -126,7 +137,9 @@ def enable_fast_path(
     Args:
         memory: what the backward needs is kept ("high"), computed again ("low"), kept as long as it fits ("auto"), or as long
             as so many GiB suffice.
-        compiled: fuse each kind of layer with torch.compile, which costs about a minute of first steps.
+        compiled: fuse each kind of layer with torch.compile, which costs about a minute of early steps.
+        uncompiled_batches: with `compiled`, the first batches that do without, in as little memory as "low" takes: a first
+            loss, or an error, is seen before that minute.
         kernel: attention by "flash" or "padded"; "auto": flash where it runs and agrees with padded.
 
     Returns the FastPath with its counts, or None after one printed line that says why it does not apply.
@@ -149,6 +162,7 @@ def enable_fast_path(
         memory=memory,
         kernel=kernel,
         compiled=compiled,
+        uncompiled_batches=uncompiled_batches,
         windows={kind: config.sliding_window if kind == "sliding_attention" else None for kind in sorted(set(config.layer_types))},
     )  # fmt: skip
     if compiled:  # the kinds of layers and of attention stand behind the same few functions

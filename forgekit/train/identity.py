@@ -21,7 +21,7 @@ Identity = dict[str, dict[str, Any]]  # name -> what it consists of
 FREE_SECTIONS = ("data", "evaluate", "export")
 FREE = {
     "train.logging_steps", "train.save_steps", "train.save_minutes", "train.report_to", "train.status_file", "train.guard",
-    "train.resume", "train.allow_drift", "model.id",
+    "train.resume", "train.allow_drift", "train.gpus", "model.id",
 }  # fmt: skip
 NOT_COMPUTING = ("papermill",)
 SAMPLES = 64  # numbers looked at in each weight: reading all of them would cost more than a minute with E4B

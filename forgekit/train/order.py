@@ -54,6 +54,10 @@ class SeededRows:
         return len(self.rows)
 
     def __getitem__(self, number: int) -> Any:
+        if number < 0:
+            from .share import Blank
+
+            return Blank(self[-1 - number])
         with own_random_numbers(self.order.seed, self.order.epoch, number):
             strike("row")
             return self.rows[number]

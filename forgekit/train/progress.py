@@ -39,6 +39,7 @@ class Progress(TrainerCallback):
         self.tokens: Any = None
         self.hook: Any = None
         self.window = self.step_end = 0.0
+        self.group: Any = None  # a `Group` while several processes train together
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Start the clock and count tokens."""
@@ -70,6 +71,8 @@ class Progress(TrainerCallback):
         elif "loss" in logs:
             now = time.monotonic()
             tokens = None if self.tokens is None else float(self.tokens)
+            if self.group:
+                tokens = sum(tokens for [tokens] in self.group.gather([tokens or 0.0]))
             self.latest = replace(
                 self.latest,
                 loss=float(logs["loss"]),

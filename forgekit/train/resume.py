@@ -167,7 +167,7 @@ def take_batch(trainer: Any, batch: dict[str, int], say: "Callable[[str], None]"
     its = batch["rows"], batch["accumulated"]
     if its[0] * its[1] == mine[0] * mine[1] and its[0] < mine[0]:
         set_batch(trainer, *its)
-        say(f"{its[0]} rows at once, {its[1]} times before a step, as since memory ran out.")
+        say(f"{its[0]} rows at once, {its[1]} times before a step, as when the checkpoint was written.")
 
 
 def set_batch(trainer: Any, rows: int, accumulated: int) -> None:

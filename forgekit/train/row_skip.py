@@ -41,7 +41,7 @@ def wrap_forward(library: Callable[..., Any], path: "FastPath") -> Any:
         rows = None
         if not reason:
             mask = values.get("attention_mask")
-            rows = choose_rows(values["labels"], mask, path.windows, MULTIPLE if path.compiled else 1)
+            rows = choose_rows(values["labels"], mask, path.windows, MULTIPLE if path.compiles else 1)
             reason = None if rows else "padding was given a label"
         if rows is None:
             path.fall_back(str(reason))
@@ -82,9 +82,10 @@ def run_model(path: "FastPath", values: dict[str, Any], rows: Rows, statistics: 
         hidden = path.base.model(**inputs, use_cache=False).last_hidden_state[0]
     finally:
         path.rows = None
-    path.count(rows)
     head, cap = path.base.get_output_embeddings(), path.text.config.final_logit_softcapping
-    return measure_tokens(head, hidden, rows.targets, cap, statistics, path.get_step(score_logits))
+    tokens = measure_tokens(head, hidden, rows.targets, cap, statistics, path.get_step(score_logits))
+    path.count(rows)
+    return tokens
 
 
 def average(losses: torch.Tensor, rows: Rows, items: Any) -> torch.Tensor:
@@ -137,7 +138,8 @@ def wrap_text(library: Callable[..., Any], path: "FastPath") -> Any:
         ids, embedded, per_layer = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "per_layer_inputs"))
         if ids is not None:
             embedded, per_layer = self.embed_tokens(ids), self.get_per_layer_inputs(ids)
-        memory = plan_memory(path.memory, path.rows.flat.device, path.rows.tokens, path.compiled)
+        kept = path.memory if path.compiles == path.compiled else "low"  # what fits compiled may not fit before
+        memory = plan_memory(kept, path.rows.flat.device, path.rows.tokens, path.compiles)
         run = functools.partial(run_block, path, memory)
         hidden = run_decoder(self, embedded, per_layer, path.rows, path.windows, path.kernel, run, memory.span, path.layers)  # fmt: skip
         return BaseModelOutputWithPast(last_hidden_state=hidden[None])
@@ -152,7 +154,7 @@ def run_block(
     """Run some steps of the decoder on the rows of x, compiled and recomputed as the settings say."""
     layers = hasattr(calls[0].module, "mlp")
     kind = tuple((call.step.__name__, layers and call.module.mlp.activation_sparsity) for call in calls)
-    if not (path.compiled and layers):  # expanding and contracting happen once and would not pay for compiling
+    if not (path.compiles and layers):  # expanding and contracting happen once and would not pay for compiling
         return memory.run(lambda: run_calls(calls, x), lambda: recompute(run_calls, calls, x), kind, x.shape[0])
     if torch.is_grad_enabled() and not x.requires_grad:
         x = Attach.apply(x, x.new_zeros((), requires_grad=True))

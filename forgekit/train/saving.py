@@ -69,14 +69,19 @@ class Checkpoints(TrainerCallback):
     # ---- what -------------------------------------------------------------------------------------------------------
 
     def save(self) -> Path:
-        """Write a checkpoint of this moment, which must not lie inside an optimiser step. Raises RunError."""
+        """Write a checkpoint of this moment, which must not lie inside an optimiser step. Raises RunError.
+
+        Where several processes train together each calls this, and the first one writes.
+        """
         trainer, state = self.trainer, self.trainer.state
         path = self.folder / f"checkpoint-{state.global_step}"
         trainer.store_flos()
+        if trainer.group and trainer.group.rank:  # rank 0 alone writes
+            return path
         self.find_best(state, path)
         about = {
             "step": state.global_step,
-            "batch": {"rows": trainer.args.per_device_train_batch_size, "accumulated": trainer.args.gradient_accumulation_steps},
+            "batch": {"rows": trainer.args.per_device_train_batch_size, "accumulated": trainer.args.gradient_accumulation_steps * trainer.args.world_size},
             "since_log": note_losses(trainer, trainer._tr_loss if self.loss_before is None else self.loss_before),
             "identity": self.identity,
         }  # fmt: skip

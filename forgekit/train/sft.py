@@ -3,10 +3,11 @@
 import contextlib
 import functools
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..adapter.plan import TOWER_KINDS, LayerPlan, check_plan_against_data, plan_layers
-from ..config import Config
+from ..config import Config, flatten
 from ..data.collate import Collator
 from ..errors import ConfigError
 from ..hardware import choose_device
@@ -14,6 +15,7 @@ from ..model.load import start_engine
 from ..model.slice import record_slice
 from ..model.trust import describe_source
 from ..run_folder import Run, describe_settings, write_text
+from ..tracker_settings import check_installed
 from .exact import ExactTraining
 from .identity import identify
 from .learning_rates import scale_learning_rates
@@ -48,7 +50,8 @@ def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config,
     Raises ConfigError when a setting names something that transformers does not know; `.train()` raises ModelError before
     a step whose loss or gradient is not finite, and RunError when a checkpoint cannot be written or resumed.
     """
-    engine = start_engine(config)
+    check_installed(config.train.report_to)
+    start_engine(config)
     plan = plan_layers(config, model.config)
     check_towers(plan, data["train"])
     write_text(run.path / "plan.json", plan.to_json() + "\n")
@@ -58,18 +61,34 @@ def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config,
 
     from .callbacks import LiveCurve, RunLog, StatusFile  # they subclass transformers' own, so the engine comes first
     from .progress import Progress
-    from .saving import Checkpoints
     from .stop import StopSwitch
-    from .tower_cache import cache_while_training
+    from .together import train_together
+    from .tracking import Tracking
 
     progress = Progress()
     log, status = RunLog(run, progress), StatusFile(run, config.train.status_file)
     switch = StopSwitch(run, log.write)
-    callbacks: list[Any] = [progress, log, status, switch]
+    tracking = Tracking(config.train.report_to, run, flatten(config.model_dump()), log.write)
+    callbacks: list[Any] = [progress, log, status, switch, tracking]
     if in_notebook():
         callbacks.append(LiveCurve())
     if config.train.early_stopping:
         callbacks.append(EarlyStoppingCallback(config.train.early_stopping))
+    trainer = make_trainer(model, processor, data, config, run, callbacks)
+    train_together(trainer, config, data, plan, run, switch, log.write)
+    resume_training(trainer, config, run, log.write)
+    guard_training(trainer, switch, log, status, tracking)
+    return trainer
+
+
+def make_trainer(
+    model: Any, processor: Any, data: "Mapping[str, Dataset]", config: Config, run: Run, callbacks: list[Any]
+) -> "SFTTrainer":
+    """Return TRL's trainer with our rows, loss, checkpoints and fast path, as each of several processes makes it (together.py)."""
+    engine = start_engine(config)
+    from .saving import Checkpoints
+    from .tower_cache import cache_while_training
+
     identity = identify(config, model, data)
     trainer = choose_trainer(config, engine)(
         model=model,
@@ -91,8 +110,6 @@ def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config,
     if wants_fast_path(config, engine):
         train_fast(trainer, config, run)
     cache_while_training(trainer, config, run)
-    resume_training(trainer, config, run, log.write)
-    guard_training(trainer, log, status, switch)
     return trainer
 
 
@@ -107,8 +124,8 @@ def check_towers(plan: LayerPlan, rows: "Dataset") -> None:
     check_plan_against_data(plan, kinds)
 
 
-def guard_training(trainer: Any, log: Any, status: Any, switch: Any) -> None:
-    """Let `trainer.train` end its step when it is interrupted, and tell log and status.json of an error before it goes on."""
+def guard_training(trainer: Any, switch: Any, *tellers: Any) -> None:
+    """Let `trainer.train` end its step when it is interrupted, and tell the tellers of an error before it goes on."""
     from .stop import catch_interrupt
 
     train = trainer.train
@@ -119,7 +136,7 @@ def guard_training(trainer: Any, log: Any, status: Any, switch: Any) -> None:
             with catch_interrupt(switch):
                 return train(*args, **kwargs)
         except BaseException as error:
-            for teller in (log, status):
+            for teller in tellers:
                 with contextlib.suppress(OSError):  # the disk may be full, and that may be the error
                     teller.fail(error)
             raise
@@ -161,7 +178,7 @@ def make_arguments(config: Config, engine: str, run: Run) -> "SFTConfig":
     train, cuda = config.train, choose_device(config) == "cuda"
     save_steps = train.save_steps or train.eval_steps
     try:
-        return SFTConfig(
+        arguments = SFTConfig(
             output_dir=str(run.path / "checkpoints"),
             per_device_train_batch_size=train.per_device_train_batch_size,
             per_device_eval_batch_size=config.evaluate.per_device_eval_batch_size,
@@ -196,11 +213,18 @@ def make_arguments(config: Config, engine: str, run: Run) -> "SFTConfig":
             max_length=config.model.max_length if engine == "unsloth" else None,  # rows were measured by load_data
             dataset_kwargs={"skip_prepare_dataset": True},
             remove_unused_columns=False,
-            report_to=list(train.report_to) or "none",
+            report_to="none",  # trackers run in processes of their own (tracking.py)
             disable_tqdm=True,
         )
+        use_one_gpu(arguments)
+        return arguments
     except ValueError as error:
         raise ConfigError(f"train: transformers refuses a setting: {' '.join(str(error).split())}") from error
+
+
+def use_one_gpu(arguments: Any) -> None:
+    """Keep transformers from spreading a process's batches over all GPUs that it sees, with another batch size (DataParallel)."""
+    arguments._n_gpu = min(1, arguments.n_gpu)
 
 
 def use_checkpointing(config: Config) -> bool:

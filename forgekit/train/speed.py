@@ -36,7 +36,10 @@ def train_fast(trainer: Any, config: Config, run: Run) -> None:
     @functools.wraps(train)
     def train_with_fast_path(*args: Any, **kwargs: Any) -> Any:
         compiled, why = choose_compile(trainer, config)
-        path = enable_fast_path(trainer.model, memory=choose_memory(config), compiled=compiled)
+        first = trainer.args.gradient_accumulation_steps  # the batches of the first optimiser step
+        path = enable_fast_path(
+            trainer.model, memory=choose_memory(config), compiled=compiled, uncompiled_batches=first
+        )
         if path is None:
             if config.train.fast == "on":
                 raise ModelError(
@@ -51,7 +54,8 @@ def train_fast(trainer: Any, config: Config, run: Run) -> None:
         finally:
             disable_fast_path(trainer.model)
             print(path)
-            run.update(fast_path=path.summarize())
+            with contextlib.suppress(OSError):  # a full disk may be why training ended, and that is what has to be told
+                run.update(fast_path=path.summarize())
 
     trainer.train = train_with_fast_path
 
@@ -104,12 +108,13 @@ def choose_compile(trainer: Any, config: Config) -> tuple[bool, str]:
     batches = count_batches(trainer)
     if batches < BATCHES_TO_COMPILE:
         return False, f"not compiled: {batches} batches would not pay for it (train.compile: on does it anyway)"
-    return True, f"compiled: {batches} batches pay for the first minute"
+    return True, f"compiled from the second step on: {batches} batches pay for that minute"
 
 
 def count_batches(trainer: Any) -> int:
-    """Return how many forward passes the training will take."""
+    """Return how many forward passes the training will take in this process."""
     args = trainer.args
     if args.max_steps > 0:
         return args.max_steps * args.gradient_accumulation_steps
-    return math.ceil(len(trainer.train_dataset) / args.per_device_train_batch_size * args.num_train_epochs)
+    rows = len(trainer.train_dataset) * args.num_train_epochs
+    return math.ceil(rows / args.per_device_train_batch_size / args.world_size)

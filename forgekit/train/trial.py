@@ -14,14 +14,14 @@ Gradients = tuple[float, dict[str, Any]]  # a loss, and parameter -> gradient in
 
 @contextlib.contextmanager
 def changed(modules: Iterable[Any], name: str, value: Any) -> Iterator[None]:
-    """Give an attribute of some modules another value, and put each one's own back."""
-    before = {module: getattr(module, name) for module in modules}
+    """Give an attribute of some objects another value, and put each one's own back."""
+    before = [(module, getattr(module, name)) for module in modules]
     try:
-        for module in before:
+        for module, _ in before:
             setattr(module, name, value)
         yield
     finally:
-        for module, own in before.items():
+        for module, own in before:
             setattr(module, name, own)
 
 

@@ -13,7 +13,7 @@ ENDS = {
     "kill9": "killed",
     "term": "stopped after its step, with a checkpoint",
     "exception": "ended by InjectedError",
-    "disk_full": "ended by OSError",
+    "disk_full": "ended by RunError",
 }
 # first and last step, one with and one without a checkpoint before it, the last of an epoch and the first of the next
 CHOSEN = {("one", step, fault) for step in (1, 2, 8, 15, 16, 24) for fault in ("kill9", "term")}

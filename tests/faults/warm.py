@@ -2,9 +2,9 @@
 
 A job is a JSON object: folder (of the checkpoint, the rows and the runs), run, settings, environment, export (instead of a
 training: an adapter that is drawn), and what is to go wrong beside FORGEKIT_FAULT: full_disk_at (a step at which files can no
-longer grow), fill_at (a step at which the disk is filled), kill_after (seconds since the training began), mutant (a defence that
+longer grow), kill_worker_at (a step), fill_at (a step at which the disk is filled), kill_after (seconds since the training began), mutant (a defence that
 is taken out). With `supervised` (hang and timeout, in seconds) the Supervisor of `forgekit run` watches the child.
-Started with one thread, because a forked process may not use a parent's thread pool.
+With train.gpus the other processes are forked too. Started with one thread, because a forked process may not use a parent's thread pool.
 """
 
 import gc
@@ -13,6 +13,7 @@ import os
 import resource
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -51,6 +52,9 @@ def start(job: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
     from forgekit import add_adapter, load_config, load_model, start_run
 
     folder = Path(job["folder"])
+    fork_workers()
+    if job.get("mutant") in EARLY:
+        EARLY[job["mutant"]]()
     os.environ.update({"FORGEKIT_RUNS": str(folder / "runs"), "FORGEKIT_RUN": job["run"], **job.get("environment", {})})
     settings = {
         "data.path": str(folder / "rows.jsonl"), "model.id": str(folder / "model"), "model.engine": "huggingface",
@@ -99,7 +103,9 @@ def train(job: dict[str, Any], began: int | None = None) -> None:
         at_step(trainer, job["fill_at"], lambda: fill_disk(run.path.parent / "ballast"))
     if began is not None:
         tell_begin(trainer, began)
-    if job.get("mutant"):
+    if job.get("kill_worker_at"):
+        kill_worker(trainer, job["kill_worker_at"])
+    if job.get("mutant") in MUTANTS:
         MUTANTS[job["mutant"]](trainer)
     trainer.train()
     run.finish("stopped" if trainer.state.global_step < trainer.state.max_steps else "completed")
@@ -132,6 +138,65 @@ def fill_disk(ballast: Path) -> None:
             except OSError:
                 continue
     os.truncate(ballast, ballast.stat().st_size - FULL_DISK)
+
+
+def fork_workers() -> None:
+    """Let the processes of train.gpus be forked from this one, which has imported everything."""
+    from types import SimpleNamespace
+
+    import forgekit.train.workers as workers
+
+    workers.subprocess = SimpleNamespace(
+        Popen=Forked, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT, TimeoutExpired=subprocess.TimeoutExpired
+    )
+
+
+class Forked:
+    """A worker, forked; with what `Workers` asks of a subprocess.Popen."""
+
+    def __init__(self, command: list[str], pass_fds: Any, stdout: Any, env: dict[str, str], **_: Any):
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.dup2(stdout.fileno(), 1)
+            os.dup2(stdout.fileno(), 2)
+            os.environ.clear()
+            os.environ.update(env)
+            from forgekit.train.worker import main
+
+            main(int(command[-1]))
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout: float = 60.0) -> int:
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("worker", timeout)
+            time.sleep(0.01)
+        return self.returncode or 0
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+
+def kill_worker(trainer: Any, step: int) -> None:
+    """Kill the process of rank 1 when a step begins, and note when."""
+    from transformers import TrainerCallback
+
+    class Killer(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step + 1 == step:
+                log = (trainer.checkpoints.folder.parent / "logs" / "rank1.log").read_text(encoding="utf-8")
+                print(f"killed at {time.time()}", flush=True)
+                os.kill(int(log.split("process ")[1].split()[0]), signal.SIGKILL)
+
+    trainer.add_callback(Killer())
 
 
 def tell_begin(trainer: Any, pipe: int) -> None:
@@ -189,6 +254,29 @@ def save_inside_the_step(trainer: Any) -> None:
     trainer.add_callback(Hasty())
 
 
+def take_means_of_ranks() -> None:
+    """Take the mean of the processes' means, so that a token in a process with short answers weighs more."""
+    import forgekit.train.sft as sft
+
+    make = sft.make_arguments
+
+    def forget(*args: Any) -> Any:
+        arguments = make(*args)
+        arguments.average_tokens_across_devices = False
+        return arguments
+
+    sft.make_arguments = forget
+
+
+def learn_from_fillings() -> None:
+    """Learn from the rows that fill up an epoch's last batches, as accelerate does."""
+    import forgekit.train.share as share
+
+    share.collate_shared = lambda collate: collate
+
+
+# taken out before the trainer is made, in all processes
+EARLY = {mutant.__name__: mutant for mutant in (take_means_of_ranks, learn_from_fillings)}
 MUTANTS = {
     mutant.__name__: mutant
     for mutant in (restart_schedule, lose_random_numbers, lose_the_epoch, draw_rows_together, save_inside_the_step)

@@ -21,7 +21,7 @@ from .conftest import EXPORTS, Finished, collect_cells, find_differences, find_o
 
 NOTEBOOK = "notebooks/01_text.ipynb"
 LAYOUT = """
-run.json plan.json status.json notebook.ipynb notebook.html
+run.json plan.json status.json parameters.json notebook.ipynb notebook.html
 logs/training.log logs/metrics.jsonl
 metrics/baseline.json metrics/training-stats.json metrics/scores.json metrics/gates.json
 models/lora/adapter_config.json models/lora/adapter_model.safetensors models/lora/README.md models/lora/verify.json

@@ -114,12 +114,12 @@ def test_the_log_keeps_no_token_and_no_home(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setenv("FORGEKIT_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("SOME_SERVICE_TOKEN", "what only this variable says 1")
-    monkeypatch.setenv("HOME", "/home/jane")
+    monkeypatch.setenv("HOME", "/home/someone")
     token = "hf_" + "a1B2" * 9
     run = start_run(load_config(), "logged")
     log = RunLog(run)
     log.folder.mkdir()
-    log.write(f"{token} what only this variable says 1 /home/jane/x")
+    log.write(f"{token} what only this variable says 1 /home/someone/x")
     log.on_log(None, TrainerState(), None, {"note": token})
     lines = [(run.path / "logs" / name).read_text(encoding="utf-8") for name in ("training.log", "metrics.jsonl")]
     assert lines[0] == "(token removed) (token removed) ~/x\n"

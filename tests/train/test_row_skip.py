@@ -95,6 +95,23 @@ def test_clipped_coefficients_stay_clipped(small: Any) -> None:
         assert (ours == theirs).all()  # the library clamps weights in its forward
 
 
+def test_the_first_batches_do_not_wait_for_the_compiler(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    asked: list[int] = []  # functions given to the compiler, after each batch
+    functions: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: functions.append(function) or function)
+    model = small.add_lora(small.text_model())
+    batches = [small.draw_batch(12 + seed) for seed in range(3)]
+    right = [small.gradients(model, [batch]) for batch in batches]
+    path = enable_fast_path(model, compiled=True, memory="high", uncompiled_batches=2)
+    for batch, expected in zip(batches, right, strict=True):
+        assert small.difference(expected, small.gradients(model, [batch])) < EXACT
+        asked.append(len(functions))
+    assert path and asked[:2] == [0, 0] and asked[2] > 0
+    disable_fast_path(model)
+
+
 @pytest.mark.slow
 def test_compiled_steps_serve_every_length_with_the_same_few_graphs(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """Traced as for a GPU and run by torch itself: without the minutes of a code generator, and in float64."""
@@ -113,7 +130,7 @@ def test_compiled_steps_serve_every_length_with_the_same_few_graphs(small: Any, 
     for seed, memory in enumerate(["low", "high", "high", "low"]):
         batch = small.draw_batch(20 + seed)
         right = small.gradients(model, [batch])
-        path = enable_fast_path(model, compiled=True, memory=memory)
+        path = enable_fast_path(model, compiled=True, uncompiled_batches=0, memory=memory)
         assert small.difference(right, small.gradients(model, [batch])) < EXACT
         assert path and path.batches == 1
         disable_fast_path(model)

@@ -1,0 +1,1 @@
+"""JupyterLab's job form and its REST API as another way to say `forgekit run`: the extra `jobs`."""

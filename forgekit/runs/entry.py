@@ -1,0 +1,14 @@
+"""What papermill finds under the name `forgekit`. It imports every engine while it is imported itself, so this one waits."""
+
+from typing import Any
+
+
+class ForgekitEngine:
+    """papermill's engine `forgekit`; see `forgekit.runs.engine`, which is imported when a notebook is executed."""
+
+    @staticmethod
+    def execute_notebook(*arguments: Any, **options: Any) -> Any:
+        """Execute a notebook as `forgekit.runs.engine.ForgekitEngine` does."""
+        from .engine import ForgekitEngine
+
+        return ForgekitEngine.execute_notebook(*arguments, **options)

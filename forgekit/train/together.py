@@ -1,0 +1,121 @@
+"""`train.gpus`: `trainer.train` as one of several processes, each with a GPU and a copy of the model of its own.
+
+The notebook goes on before and after with its own model alone. What a step learns from does not depend on the number of processes,
+so a run may also be resumed with another number.
+"""
+
+import functools
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..adapter.plan import LayerPlan
+from ..config import Config
+from ..errors import ConfigError, ModelError
+from ..hardware import choose_device
+from ..run_folder import Run
+from .group import abort_group, join_group
+from .resume import set_batch
+from .share import split_batch
+from .workers import open_workers
+
+
+def train_together(
+    trainer: Any,
+    config: Config,
+    data: Mapping[str, Any],
+    plan: LayerPlan,
+    run: Run,
+    switch: Any,
+    say: Callable[[str], None],
+) -> None:
+    """Let `trainer.train` start `train.gpus` - 1 more processes and take its steps with them; nothing changes where it is 1.
+
+    Args:
+        switch: a StopSwitch; a stop while the others still load ends the wait.
+
+    Raises ConfigError or ModelError at once when there are not so many GPUs or their number does not divide a step's rows.
+    """
+    size = config.train.gpus
+    if size == 1:
+        return
+    check_gpus(config)
+    split_batch(trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps, size)
+    train = trainer.train
+
+    @functools.wraps(train)
+    def train_in_group(resume_from_checkpoint: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        rows, accumulated = split_batch(
+            trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps, size
+        )
+        set_batch(trainer, rows, accumulated)
+        find_unused = any(total.modules for total in plan.totals if total.tower != "language")
+        with (
+            tempfile.TemporaryDirectory(prefix="forgekit-") as folder,
+            open_workers(run.path / "logs", abort_group) as workers,
+        ):
+            say(f"Starting {size - 1} more processes, each loads the model; their logs are logs/rank1.log and so on.")
+            first: dict[str, Any] = {
+                "size": size, "meeting": str(Path(folder) / "meeting"), "checkpoint": resume_from_checkpoint, "rows": rows,
+                "accumulated": accumulated, "find_unused": find_unused, "run": str(run.path), "path": list_imports(),
+            }  # fmt: skip
+            rest = pack_job(config, data)
+            workers.start({rank: (first | {"rank": rank}, rest) for rank in range(1, size)})
+            check_base(workers.wait_until_ready(switch.stop.is_set), trainer.checkpoints.identity)
+            say(
+                f"{size} processes train together: each {rows} rows at once, {accumulated // size} times before a step; "
+                f"{rows * accumulated} rows a step."
+            )
+            run.update(processes={"number": size, "rows": rows, "accumulated": accumulated // size})
+            with join_group(trainer, 0, size, Path(first["meeting"]), find_unused):
+                return train(resume_from_checkpoint, *args, **kwargs)
+
+    trainer.train = train_in_group
+
+
+def check_gpus(config: Config) -> None:
+    """Raise ModelError when this machine has not as many GPUs as processes are asked for; on a CPU they share its cores."""
+    import torch
+
+    if choose_device(config) == "cuda" and config.train.gpus > torch.cuda.device_count():
+        raise ModelError(
+            f"train.gpus: {config.train.gpus} was asked for, and torch sees {torch.cuda.device_count()} GPUs here "
+            "(CUDA_VISIBLE_DEVICES limits them)."
+        )
+
+
+def list_imports() -> list[str]:
+    """Return where this process finds modules, for what the notebook's `to_example` imports."""
+    import os
+    import sys
+
+    return [os.path.abspath(path) for path in sys.path]
+
+
+def pack_job(config: Config, data: Mapping[str, Any]) -> bytes:
+    """Return what a worker needs as bytes, the notebook's `to_example` with it. Raises ConfigError when that cannot be sent.
+
+    They go to processes of our own through a socket pair, and never to a disk.
+    """
+    import dill
+
+    # trackers hear of one training, not of several
+    job = {"config": config.change({"train.report_to": []}), "data": dict(data)}
+    try:
+        return dill.dumps(job, recurse=True)
+    except Exception as error:  # whatever an object that refuses to be packed raises
+        raise ConfigError(
+            f"train.gpus: the rows cannot be handed to other processes ({type(error).__name__}: {error}). to_example may use plain "
+            "values, functions and modules, but no open file, connection or model; or give load_data a file that needs no to_example."
+        ) from error
+
+
+def check_base(ready: Mapping[int, Any], identity: Mapping[str, Any]) -> None:
+    """Raise ModelError when a worker loaded other weights than this process trains."""
+    others = [rank for rank, base in ready.items() if base != identity["base"]]
+    if others:
+        raise ModelError(
+            f"train.gpus: the base model here is not the one that rank {others[0]} loaded from model.id. Weights that a cell changed "
+            "stay in this process: save them as a checkpoint, and name its folder in model.id."
+        )

@@ -1,0 +1,150 @@
+"""How the rows of a step are shared, what `train.gpus` refuses, and one training with a process of its own; tests/faults has the rest."""
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from forgekit import load_config
+from forgekit.errors import ConfigError, DataError, ModelError, RunError
+from forgekit.train.order import Order, SeededRows
+from forgekit.train.share import Blank, Share, collate_shared, split_batch
+from forgekit.train.workers import rebuild_error
+
+
+@pytest.mark.parametrize("rows", [1, 7, 16, 29, 30])
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_the_shares_of_all_are_the_rows_of_one(rows: int, processes: int) -> None:
+    order, batch = Order(rows, 3), 2
+    order.epoch = 1
+    shares = [Share(order, batch, rank, processes) for rank in range(processes)]
+    assert len({-(-len(share) // batch) for share in shares}) == 1, "all take equally many batches"
+    found = []
+    for share in shares:
+        numbers = list(share)
+        assert len(numbers) == len(share)
+        found.append([numbers[start : start + batch] for start in range(0, len(numbers), batch)])
+    together = [row for batches in zip(*found, strict=True) for part in batches for row in part]
+    assert [row for row in together if row >= 0] == list(order), "in their order"
+    assert sum(row < 0 for row in together) < processes
+
+
+def test_a_filling_row_is_read_and_teaches_nothing() -> None:
+    import torch
+
+    rows = SeededRows([{"messages": "first"}, {"messages": "second"}], Order(2, 0))
+    assert rows[-2] == rows[1] and isinstance(rows[-2], Blank) and not isinstance(rows[1], Blank)
+    collate = collate_shared(lambda examples: {"labels": torch.ones(len(examples), 3, dtype=torch.int64)})
+    assert collate([rows[1], rows[-2]])["labels"].tolist() == [[1, 1, 1], [-100, -100, -100]]
+
+
+def test_a_step_keeps_its_rows_whatever_their_number_of_processes() -> None:
+    assert split_batch(2, 4, 2) == (2, 4) and split_batch(2, 4, 4) == (2, 4)
+    assert split_batch(2, 4, 8) == (1, 8) and split_batch(16, 1, 4) == (4, 4)
+    with pytest.raises(
+        ConfigError, match=r"3 processes cannot share the 8 rows of an optimiser step .* Take 2, 4, 8 of them"
+    ):
+        split_batch(2, 4, 3)
+
+
+def test_unsloth_is_refused_and_auto_means_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from forgekit import hardware
+
+    with pytest.raises(ConfigError, match=r"train\.gpus is 2, and Unsloth trains in one process"):
+        load_config(None, {"train.gpus": 2, "model.engine": "unsloth"})
+    monkeypatch.setattr(hardware, "detect_hardware", lambda: hardware.Hardware("cuda", "some GPU", 1, True))
+    settings = {"model.load_in": "16bit"}
+    assert hardware.choose_engine(load_config(None, settings)) == "unsloth"
+    assert hardware.choose_engine(load_config(None, settings | {"train.gpus": 2})) == "huggingface"
+
+
+def test_the_command_takes_a_number_of_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: Any) -> None:
+    from forgekit.__main__ import main
+
+    given = []
+    record = SimpleNamespace(record={"exit_code": 0})
+    monkeypatch.setattr("forgekit.runs.headless.run_notebook", lambda *words: given.append(words[2]) or record)
+    monkeypatch.setattr("forgekit.runs.summary.print_summary", lambda run: None)
+    assert main(["run", "some.ipynb", "--gpus", "2"]) == 0 and main(["run", "some.ipynb"]) == 0
+    assert given == [{"train.gpus": 2}, {}]
+
+
+def test_more_gpus_than_there_are_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from forgekit.train import together
+
+    monkeypatch.setattr(together, "choose_device", lambda config: "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    together.check_gpus(load_config(None, {"train.gpus": 2}))
+    with pytest.raises(ModelError, match=r"train\.gpus: 4 was asked for, and torch sees 2 GPUs"):
+        together.check_gpus(load_config(None, {"train.gpus": 4}))
+
+
+def test_a_worker_gets_the_gpu_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from forgekit.train.workers import make_environment
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert make_environment(2)["CUDA_VISIBLE_DEVICES"] == "2"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, GPU-7f")
+    assert make_environment(1)["CUDA_VISIBLE_DEVICES"] == "GPU-7f"
+
+
+def test_an_error_of_a_worker_is_the_same_error_here() -> None:
+    import torch
+
+    assert type(rebuild_error(1, {"error": "DataError", "words": "cat.png"})) is DataError
+    assert type(rebuild_error(1, {"error": "OutOfMemoryError", "words": "full"})) is torch.OutOfMemoryError
+    other = rebuild_error(1, {"error": "ZeroDivisionError", "words": "division by zero"})
+    assert type(other) is RunError and "Rank 1 failed, so training stopped: ZeroDivisionError: division by zero" in str(
+        other
+    )
+
+
+def test_rows_that_cannot_be_handed_over_are_refused_with_a_remedy() -> None:
+    from datasets import Dataset
+
+    from forgekit.train.together import pack_job
+
+    with open(__file__) as file:
+        table = Dataset.from_dict({"row": [1]}).with_transform(lambda batch: {"row": [file.name]})
+        data = {"train": table, "stream": (line for line in file)}
+        with pytest.raises(ConfigError, match=r"train\.gpus: the rows cannot be handed to other processes"):
+            pack_job(load_config(None), data)
+
+
+def test_other_weights_than_the_workers_have_are_refused() -> None:
+    from forgekit.train.together import check_base
+
+    check_base({1: {"weights": "a"}}, {"base": {"weights": "a"}})
+    with pytest.raises(ModelError, match="not the one that rank 1 loaded"):
+        check_base({1: {"weights": "b"}}, {"base": {"weights": "a"}})
+
+
+def test_two_processes_train_and_one_goes_on(make_run: Any, capsys: Any) -> None:
+    """A real second process, which imports everything; the trainer scores alone afterwards."""
+    import os
+
+    def to_example(row: Any) -> Any:
+        turns = [("user", row["prompt"]), ("assistant", row["completion"])]
+        return {"messages": [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]}
+
+    before = dict(os.environ)
+    trainer = make_run(
+        {"train.gpus": 2, "train.per_device_train_batch_size": 2, "train.gradient_accumulation_steps": 2},
+        to_example=to_example,
+    )
+    trainer.train()
+    printed = capsys.readouterr().out
+    assert "2 processes train together: each 2 rows at once, 1 times before a step; 4 rows a step." in printed
+    assert "rank 1 of 2" in (trainer.run.path / "logs" / "rank1.log").read_text(encoding="utf-8")
+    assert trainer.run.record["processes"] == {"number": 2, "rows": 2, "accumulated": 1}
+    assert trainer.args.world_size == 1 and trainer.model_wrapped is trainer.model and trainer.group is None
+    assert {name: value for name, value in os.environ.items() if before.get(name) != value} == {}
+    assert "torch" in sys.modules
+    assert trainer.evaluate(eval_dataset=trainer.train_dataset.select(range(2)))["eval_loss"] > 0
