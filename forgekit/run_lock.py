@@ -42,6 +42,23 @@ def lock_folder(path: Path) -> IO[str]:
     return file
 
 
+def is_locked(path: Path) -> bool:
+    """Say whether a process has a run's folder; nothing is written there."""
+    try:
+        with open(path / LOCK, "r+", encoding="utf-8") as file:
+            try:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            except (ImportError, OSError):
+                return is_alive(read_owner(file))
+    except OSError:  # no lock, or no folder
+        return False
+    return False
+
+
 def describe_process() -> dict[str, Any]:
     """Return what tells this process from every other one."""
     return {"pid": os.getpid(), "started": start_time(os.getpid()), "boot": boot_id(), "machine": platform.node()}

@@ -47,6 +47,8 @@ def test_every_command_is_known_to_these_tests():
         "forgekit plan ",
         "forgekit slice ",
         "papermill ",
+        "ray start ",
+        "forgekit sweep params/sweeps/text_search.yaml --backend",
         "forgekit run notebooks/01_text.ipynb --recipe",
     )
     assert [c for c in COMMANDS if not c.startswith(starts)] == []

@@ -32,6 +32,19 @@ def settle_table(model: Any) -> None:
 
 
 @contextlib.contextmanager
+def stay_put(module: Any) -> Iterator[None]:
+    """Let a module's weights stay where they are when somebody sends the whole model to a device.
+
+    accelerate does so as training begins, and Trainer when it is made.
+    """
+    module._apply = lambda function, recurse=True: module
+    try:
+        yield
+    finally:
+        module.__dict__.pop("_apply", None)
+
+
+@contextlib.contextmanager
 def lend_table(table: Any, device: torch.device) -> Iterator[None]:
     """Let a table on the CPU answer on `device`.
 
@@ -41,6 +54,7 @@ def lend_table(table: Any, device: torch.device) -> Iterator[None]:
         seen = stack.enter_context(show_to_gpu(table.weight.data, device)) if device.type == "cuda" else None
         table.forward = types.MethodType(make_gather(device) if seen is None else make_lookup(seen), table)
         stack.callback(lambda: delattr(table, "forward"))
+        stack.enter_context(stay_put(table))
         yield
 
 

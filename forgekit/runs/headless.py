@@ -57,6 +57,7 @@ def run_notebook(
     name = check_name(name) if name else None
     together = read_settings(parameters["settings"]) | settings
     supervisor = Supervisor(grace, timeout)
+    supervisor.follow_parent()
     with supervisor.catch_signals():
         session = begin(config, name, notebook.name, supervisor, folder)
         run = session.run

@@ -2,7 +2,8 @@
 
     signal to this process ─┐
     --timeout ──────────────┼─> ask ─> "stop" to the kernel ─> step ends, checkpoint, cell returns ─> kernel shut down
-    a step that hangs ──────┘                       └── not within the grace period: the kernel is killed
+    a step that hangs ──────┤                       └── not within the grace period: the kernel is killed
+    a sweep that is gone ───┘
 
 A thread of its own does the watching, so that it goes on whatever the notebook's messages do.
 """
@@ -26,6 +27,8 @@ from .outcome import name_signal
 GRACE_SECONDS = 30.0  # the least; two median steps where those are longer
 HANG_SECONDS, HANG_STEPS = 600.0, 20  # a step hangs after the longer of ten minutes and twenty median steps
 TICK_SECONDS = 0.2
+HUNG = "its supervisor"  # who stopped a run whose step hung
+PARENT = "FORGEKIT_PARENT"  # number of an open file whose other end the process that started this one holds
 TWICE_SECONDS = 2.0  # a second signal ends the run at once, but Ctrl-C may arrive twice through a wrapper
 
 
@@ -51,6 +54,7 @@ class Supervisor:
         self.listens = False  # our extension runs in the kernel
         self.executing = False  # a kernel that still starts would die of an interrupt
         self.link: socket.socket | None = None
+        self.parent: int | None = None  # a file that ends when the process that started this one does
         self.told = self.hurry = False
         self.step_began: float | None = None
         self.seconds: deque[float] = deque(maxlen=1000)
@@ -90,6 +94,16 @@ class Supervisor:
             for number, old in before.items():
                 signal.signal(number, old)
 
+    def follow_parent(self) -> None:
+        """Ask for the end once the process that started this one, for instance a sweep, is gone; without one do nothing.
+
+        It says so by a variable, which is this process's alone: a kernel does not have the file.
+        """
+        number = os.environ.pop(PARENT, None)
+        if number is not None:
+            self.parent = int(number)
+            os.set_inheritable(self.parent, False)
+
     # ---- the kernel -------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -127,11 +141,18 @@ class Supervisor:
     def read_events(self) -> None:
         """Take what the kernel says, for at most one tick."""
         assert self.link is not None
-        ready, _, _ = select.select([self.link], [], [], TICK_SECONDS)
+        listened: list[socket.socket | int] = [self.link]
+        listened += [] if self.parent is None else [self.parent]
+        ready, _, _ = select.select(listened, [], [], TICK_SECONDS)
+        if self.parent in ready:  # nothing is ever written there
+            self.parent = None
+            self.ask("the death of the process that started it")
         received = b""
         with contextlib.suppress(ConnectionError):  # it died with words of ours unread
-            received = self.link.recv(65536) if ready else b""
-        if ready and not received:  # the kernel has closed its end; the notebook's client finds out by itself
+            received = self.link.recv(65536) if self.link in ready else b""
+        if (
+            self.link in ready and not received
+        ):  # the kernel has closed its end; the notebook's client finds out by itself
             self.ended.wait(TICK_SECONDS)
         *lines, self.rest = (self.rest + received).split(b"\n")
         for line in lines:
@@ -161,7 +182,7 @@ class Supervisor:
             if self.listens:
                 self.signal_kernel(signal.SIGUSR1)
             self.ask(
-                f"its supervisor: step {len(self.seconds) + 1} since the start hung for {now - self.step_began:.0f} s, "
+                f"{HUNG}: step {len(self.seconds) + 1} since the start hung for {now - self.step_began:.0f} s, "
                 "the stacks stand in logs/training.log"
             )
 

@@ -16,6 +16,7 @@ class Job:
         folder: the working folder, absolute.
         environment: variables on top of the backend's own, `FORGEKIT_RUNS` among them.
         gpus: how many GPUs the run needs; 0 runs on the CPU.
+        log: the file that what the run prints is added to; None leaves that to the backend.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Job:
     folder: Path
     environment: dict[str, str] = field(default_factory=dict)
     gpus: int = 0
+    log: Path | None = None
 
 
 @dataclass(frozen=True)

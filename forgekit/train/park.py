@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..model.table import lend_table
+from ..model.table import lend_table, stay_put
 
 TOWERS = {"image": "vision_tower", "audio": "audio_tower"}
 
@@ -28,19 +28,29 @@ def park_towers(model: Any, used: set[str]) -> Iterator[list[str]]:
     towers = {name: getattr(model.model, name, None) for kind, name in TOWERS.items() if kind not in used}
     parked = {name: tower for name, tower in towers.items() if tower is not None and find_device(tower).type == "cuda"}
     homes = {name: find_device(tower) for name, tower in parked.items()}
-    hooks = [
-        tower.register_forward_pre_hook(lambda module, _, home=homes[name]: module.to(home) and None)
-        for name, tower in parked.items()
-    ]
-    try:
-        for tower in parked.values():
-            tower.to("cpu")
-        yield list(parked)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with contextlib.ExitStack() as stack:
         for name, tower in parked.items():
-            tower.to(homes[name])
+            stack.enter_context(park(tower, homes[name]))
+        yield list(parked)
+
+
+@contextlib.contextmanager
+def park(module: Any, home: torch.device) -> Iterator[None]:
+    """Keep a module in the machine's memory until it is called or the context is left."""
+    stack = contextlib.ExitStack()
+
+    def come_back(*_: Any) -> None:
+        stack.close()
+        module.to(home)
+
+    module.to("cpu")
+    stack.enter_context(stay_put(module))
+    hook = module.register_forward_pre_hook(come_back)
+    try:
+        yield
+    finally:
+        hook.remove()
+        come_back()
 
 
 def find_device(module: Any) -> torch.device:

@@ -227,6 +227,25 @@ def test_rows_of_a_parked_table_are_bit_for_bit_the_same(small: Any) -> None:
         assert not parked  # a table that learns stays
 
 
+def test_whoever_sends_the_whole_model_somewhere_passes_by_what_is_parked(small: Any) -> None:
+    """accelerate sends it to the GPU as training begins; here it is sent to another precision, which takes the same way."""
+    import torch
+
+    from forgekit.train.park import park, park_table
+
+    model = small.text_model(dtype="float32").requires_grad_(False)
+    table, layer = model.model.embed_tokens_per_layer, model.model.layers[0].mlp
+    with park_table(model.model), park(layer, torch.device("cpu")):
+        model.double()
+        assert model.lm_head.weight.dtype == torch.float64
+        assert table.weight.dtype == layer.up_proj.weight.dtype == torch.float32
+        layer(torch.zeros(1, 1, 32))  # it is called, so it is a part of the model again
+        model.double()
+        assert layer.up_proj.weight.dtype == torch.float64 and table.weight.dtype == torch.float32
+    model.double()
+    assert table.weight.dtype == torch.float64
+
+
 @pytest.mark.gpu
 def test_parked_weights_leave_the_gpu_and_come_back(media_batch: Any) -> None:
     import torch
@@ -240,7 +259,9 @@ def test_parked_weights_leave_the_gpu_and_come_back(media_batch: Any) -> None:
         before = model.eval()(**batch).loss
         with park_towers(model, {"audio"}) as parked, park_table(model.model.language_model) as moved:
             assert parked == ["vision_tower"] and moved
+            model.to("cuda")
             assert next(model.model.vision_tower.parameters()).device.type == "cpu"
+            assert model.model.language_model.embed_tokens_per_layer.weight.device.type == "cpu"
             assert model(**batch).loss == before  # a tower that is called comes back
         assert model(**batch).loss == before
     assert {p.device.type for p in model.parameters()} == {"cuda"}
