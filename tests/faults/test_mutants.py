@@ -68,7 +68,7 @@ MUTANTS = {
     ),
     "finite": Mutant(
         "loss and gradient are looked at before the weights change", "train/exact.py",
-        "        self.check_finite(losses, norm)\n", "",
+        "        self.check_finite(self.exchange_losses(losses), norm)\n", "        self.exchange_losses(losses)\n",
         "train/test_checkpoint_guards.py::test_a_loss_that_is_no_number_stops_before_the_step_and_names_the_rows", "DID NOT RAISE",
     ),
     "same rows a step": Mutant(
