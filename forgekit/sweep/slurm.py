@@ -26,6 +26,7 @@ from .job import End, Job
 from .remote import NOT_BEGUN, STOPPED, Attempt
 
 TICK_SECONDS = 0.5
+LOOK_SECONDS = 1.0  # between looks at a shared folder, a few requests a job each
 RESULT_SECONDS = 30.0  # until a result that was written on another machine is seen here
 REQUEUE_SECONDS = 600.0  # sacct says PREEMPTED also of a job that Slurm is about to requeue
 VERDICT_SECONDS = 600.0  # from a SIGTERM of Slurm's to the SIGKILL that follows: KillWait, or a partition's GraceTime
@@ -120,6 +121,7 @@ class Slurm:
         self.common["slurm_additional_parameters"] = more
         self.running: dict[str, Submitted] = {}
         self.ended: dict[str, End] = {}
+        self.looked_at = 0.0
         if cluster == "slurm" and submitit.SlurmExecutor.affinity() <= 0:
             raise RunError(
                 "this machine has no srun: start the sweep where you would call sbatch, or choose another --backend."
@@ -152,8 +154,11 @@ class Slurm:
         return max(0, self.slots - len(self.running))
 
     def poll(self) -> dict[str, End]:
-        """Return the jobs that have ended since the last call; sacct is asked seldom, results are seen at once."""
+        """Return the jobs that have ended since the last call; results are looked for once a second, sacct is asked seldom."""
         ended, self.ended = self.ended, {}
+        if time.monotonic() - self.looked_at < LOOK_SECONDS:
+            return ended
+        self.looked_at = time.monotonic()
         for name, one in list(self.running.items()):
             end = one.read_end()
             if end:

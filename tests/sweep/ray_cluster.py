@@ -166,9 +166,9 @@ def wait_for_ends(backend: Ray, *names: str) -> dict[str, Any]:
 
 def lose_a_node(cluster: Cluster, root: Path, told: dict[str, Any]) -> None:
     """Exit codes, GPUs, a refused token, a stop, and a node that is killed during a run."""
+    stranger = start_stranger(root)  # Ray tries for 20 seconds
     backend = open_ray(root)
     told["nodes"], told["free"] = len(backend.nodes()), backend.free()
-    stranger = start_stranger(root)
     backend.start(toy(root, "gpu", "--steps", "60", "--seconds", "0.1", gpus=1))
     backend.start(toy(root, "code", "--code", "3"))
     try:

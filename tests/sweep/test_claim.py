@@ -17,7 +17,7 @@ from forgekit.sweep import claim
 from forgekit.sweep.claim import CUT_OFF, REPLACED, SILENT, STOP, TAKEN, Claim, find_folder, order
 from forgekit.sweep.job import Job
 
-SECONDS = 0.9  # after which a machine counts as lost
+SECONDS = 1.5  # after which a machine counts as lost; less, and a busy disk looks like one
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Runs on a real Ray cluster of two nodes, one of which is lost; ray_cluster.py is what happens, here is what has to hold.
 
-A minute each, of which most is Ray's own start. Skipped where no network namespace can be made: Ray listens on all addresses.
+Half of each one's time is Ray's own start. Skipped where no network namespace can be made: Ray listens on all addresses.
 """
 
 import json

@@ -124,7 +124,7 @@ def test_a_run_that_would_not_end_is_killed_before_another_machine_may_begin(
 ) -> None:
     job = make_job(tmp_path, "--steps", "600", "--deaf")
     order(job, "a")
-    attempt = Attempt(job, "a", COMMAND, lost_seconds=1.2)
+    attempt = Attempt(job, "a", COMMAND, lost_seconds=3)
     attempt.claim.take()
     attempt.start()
     wait_for(lambda: read_events(job))
@@ -132,7 +132,7 @@ def test_a_run_that_would_not_end_is_killed_before_another_machine_may_begin(
     monkeypatch.setattr(Claim, "write", lambda self, **more: False)  # the shared folder is gone
     began = time.monotonic()
     assert attempt.follow().code == 128 + signal.SIGKILL
-    assert 0.8 < time.monotonic() - began < 1.2 + 0.3
+    assert 2 < time.monotonic() - began < 3
     assert not psutil.pid_exists(read_events(job)[0]["pid"])
 
 

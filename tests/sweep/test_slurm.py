@@ -135,7 +135,8 @@ def take_away(task: int, state: Path) -> None:
     os.kill(task, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("end", [pytest.param(warn, marks=pytest.mark.slow), take_away])
+@pytest.mark.slow
+@pytest.mark.parametrize("end", [warn, take_away])
 def test_a_job_whose_node_is_needed_is_requeued_under_its_number(
     end: Callable[[int, Path], None], cluster: Path, tmp_path: Path
 ) -> None:
