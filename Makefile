@@ -16,6 +16,9 @@ PYTEST_ARGS ?=
 WORKERS ?= 2
 LAB_ARGS ?=
 
+FAULTS := tests/faults tests/runs tests/test_run_lock.py tests/test_faults.py tests/train/test_checkpoint*.py
+RECORD := benchmarks/reliability.jsonl
+
 NOTEBOOK := notebooks/01_text.ipynb
 RECIPE := params/text_quick.yaml
 # what the notebook that compares runs has to look at when its outputs are stored
@@ -59,9 +62,10 @@ test: .venv/.installed-test ## run the default tests (CPU, minutes); PYTEST_ARGS
 	@echo "forgekit: running the tests"
 	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
-faults: .venv/.installed-test ## break trainings at every step and in every way, and compare how they resume (up to an hour)
+faults: .venv/.installed-test ## break runs at every step and in every way, and write the README's table (up to an hour); PYTEST_ARGS=--only-missing goes on
 	@echo "forgekit: running the fault suite"
-	@.venv/bin/python -m pytest tests/faults tests/train/test_checkpoint*.py tests/test_faults.py --faults $(PYTEST_ARGS)
+	@.venv/bin/python -m pytest $(FAULTS) --faults --slow --record $(RECORD) $(PYTEST_ARGS)
+	@.venv/bin/python -m benchmarks.reliability $(RECORD)
 
 lab: .venv/.installed ## open JupyterLab on 127.0.0.1 with this environment
 	@.venv/bin/python -m forgekit lab $(LAB_ARGS)

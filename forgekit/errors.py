@@ -5,7 +5,8 @@
     ├── DataError      rows that cannot be read or learned from
     ├── ModelError     weights, libraries or hardware that cannot do what was asked
     ├── RunError       a run's folder: its permissions or disk
-    │   └── RunNameError   its name: no folder name, taken, or in use
+    │   ├── RunNameError   its name: no folder name, taken, or in use
+    │   └── FreshProcessError   memory ran out; the supervisor starts the notebook anew, with a smaller batch
     └── ExportError    an export that could not be written or is not the trained model
 
 Every message says what happened, with the values, and then what to do.
@@ -44,6 +45,10 @@ class RunError(ForgekitError):
 
 class RunNameError(RunError):
     """A run's name is no folder name, is taken, or its run is in use; another name helps."""
+
+
+class FreshProcessError(RunError):
+    """Memory ran out in training; what goes on is a fresh process, with fewer rows at once."""
 
 
 class ExportError(ForgekitError):

@@ -20,6 +20,7 @@ POINTS = (
     "merge", "export",
 )  # fmt: skip
 ACTIONS = ("kill9", "term", "exception", "out_of_memory", "no_space", "nan", "hang")
+NUMBERS = ("forward", "backward", "merge")  # the loss, the gradients, the sum of base and adapter: what can become NaN
 HANG_SECONDS = 3600.0
 
 passed: dict[str, int] = {}  # how often each point was passed in this process
@@ -46,13 +47,15 @@ def read_fault(text: str) -> Fault:
             f"FORGEKIT_FAULT is {text!r}: it should be point:nth:action, with a point of {', '.join(POINTS)}, "
             f"a number from 1, and an action of {', '.join(ACTIONS)}."
         )
+    if action == "nan" and point not in NUMBERS:
+        raise ConfigError(f"FORGEKIT_FAULT is {text!r}: nan needs a point with numbers, {', '.join(NUMBERS)}.")
     return Fault(point, int(nth), action)
 
 
 def strike(point: str, value: Any = None) -> Any:
     """Pass a point: return `value`, unless a fault waits here.
 
-    `value` is a tensor where the action `nan` makes sense, and comes back as NaN then.
+    `value` is what the action `nan` changes: a tensor, which comes back as NaN, or a model, whose first gradient becomes it.
     """
     text = os.environ.get("FORGEKIT_FAULT")
     if not text:
@@ -95,4 +98,14 @@ def act(action: str, value: Any) -> Any:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "injected by FORGEKIT_FAULT")
     if action == "hang":
         time.sleep(HANG_SECONDS)
-    return value * float("nan") if action == "nan" else value
+    return spoil(value) if action == "nan" else value
+
+
+def spoil(value: Any) -> Any:
+    """Return a tensor full of NaN, or a model whose first gradient is."""
+    import torch
+
+    if not isinstance(value, torch.nn.Module):
+        return value * float("nan")
+    next(weight.grad for weight in value.parameters() if weight.grad is not None).fill_(float("nan"))
+    return value

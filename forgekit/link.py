@@ -1,7 +1,7 @@
 """What a notebook's kernel tells the process that supervises it: one line of JSON an event, over a socket.
 
-Without a supervisor nothing is sent. Events: `step` (one begins), `done` and `seconds` (it has ended), `stop` (a signal
-reached the kernel itself), `ready`.
+Without a supervisor nothing is sent. Events: `step` (one begins), `done` and `seconds` (it has ended), `rest` (no step follows
+for now), `stop` (a signal reached the kernel itself), `ready`.
 """
 
 import json
@@ -18,6 +18,11 @@ def connect(number: int) -> socket.socket:
     end.set_inheritable(False)
     _ends[os.getpid()] = end
     return end
+
+
+def is_supervised() -> bool:
+    """Say whether a supervisor listens, who can start this notebook anew in a fresh process."""
+    return os.getpid() in _ends
 
 
 def tell(**event: Any) -> None:

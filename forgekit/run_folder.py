@@ -2,7 +2,7 @@
 
 runs/<name>/
   run.json      settings with origins, versions, adapter, scores, exports; state: running | completed | failed |
-                stopped | gates_failed
+                stopped | crashed | gates_failed
   plan.json     which modules learn, with ranks and numbers of parameters
   status.json   while training: step, total_steps, epoch, loss, learning_rate, eta_seconds, ...
   notebook.ipynb  notebook.html  parameters.json   under `forgekit run`
@@ -252,13 +252,18 @@ def open_run(path: Path, resume: bool) -> Run:
     except BaseException:
         lock.close()
         raise
+    return Run(path, begin_attempt(path), lock)
+
+
+def begin_attempt(path: Path) -> dict[str, Any]:
+    """Return what run.json is to hold of an attempt that begins: the ones before stand in `attempts`, their notebooks aside."""
     record: dict[str, Any] = {"name": path.name, "state": "running", "pid": os.getpid(), "started_at": now()}
     if (path / "run.json").exists():
         record = read_json(path / "run.json") | record
         record["attempts"] = [*record.get("attempts", []), close_attempt(path)]
-        for name in ("error", "finished_at", "stopped_by", "signal", "cell"):  # they belong to the attempt before
+        for name in ("error", "finished_at", "stopped_by", "signal", "cell", "exit_code"):  # of the attempt before
             record.pop(name, None)
-    return Run(path, record, lock)
+    return record
 
 
 def close_attempt(path: Path) -> dict[str, Any]:

@@ -25,6 +25,8 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow as well (they take minutes each)")
     parser.addoption("--faults", action="store_true", help="run the whole fault suite as well (up to an hour)")
+    parser.addoption("--record", metavar="FILE", type=Path, help="write what was broken, and what happened, to a file")
+    parser.addoption("--only-missing", action="store_true", help="leave out what stands in that file already")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -33,6 +35,57 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+    recorded = read_recorded(config.getoption("--record")) if config.getoption("--only-missing") else {}
+    for item in items:
+        if recorded.get(item.nodeid, {}).get("passed"):
+            item.add_marker(pytest.mark.skip(reason="stands in the file of --record"))
+
+
+# ---- what was broken on purpose, for the README's table (benchmarks/reliability.py) ------------------------------------
+
+
+@pytest.fixture
+def record_case(record_property: Any) -> Any:
+    """Returns a function: what is broken, at which point, by which action -> a case, whose "happened" the test sets."""
+
+    def record(what: str, point: str, action: str, times: int = 1) -> dict[str, Any]:
+        case = {"what": what, "point": point, "action": action, "times": times, "happened": None}
+        record_property("case", case)
+        return case
+
+    return record
+
+
+def read_recorded(path: Path | None) -> dict[str, dict[str, Any]]:
+    """Return the cases of a file by their test's name; of two the later one counts."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path and path.exists() else []
+    return {row["test"]: row for row in map(json.loads, lines)}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--record") and getattr(config, "workerinput", None) is None:  # xdist's controller alone
+        config.pluginmanager.register(CaseWriter(config.getoption("--record")))
+
+
+class CaseWriter:
+    """Writes a line for each case as its test ends, so that a suite that is broken off can go on (`--only-missing`)."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Append the cases of a test."""
+        for name, case in report.user_properties:
+            if name == "case" and report.when == "call":
+                row = {"test": report.nodeid, **case, "passed": report.passed, "seconds": round(report.duration, 1)}
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+
+    def pytest_sessionfinish(self) -> None:
+        """Leave one line for each test, in order."""
+        rows = read_recorded(self.path).values()
+        lines = [json.dumps(row) + "\n" for row in sorted(rows, key=lambda row: row["test"])]
+        self.path.write_text("".join(lines), encoding="utf-8")
 
 
 def skip_reasons(config: pytest.Config, items: list[pytest.Item]) -> dict[str, str | None]:

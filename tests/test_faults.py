@@ -67,4 +67,18 @@ def test_every_action_does_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None
         faults.act("no_space", None)
     assert caught.value.errno == errno.ENOSPC
     assert torch.isnan(faults.act("nan", torch.tensor(2.0)))
-    assert {read_fault(f"row:1:{action}").action for action in faults.ACTIONS} == set(faults.ACTIONS)
+    model = torch.nn.Linear(2, 1)
+    model(torch.ones(2)).backward()
+    assert faults.act("nan", model) is model and torch.isnan(model.weight.grad).all()
+    assert {read_fault(f"merge:1:{action}").action for action in faults.ACTIONS} == set(faults.ACTIONS)
+
+
+@pytest.mark.parametrize("point", [point for point in faults.POINTS if point not in faults.NUMBERS])
+def test_nan_needs_a_point_with_numbers(point: str) -> None:
+    with pytest.raises(ConfigError, match="nan needs a point with numbers, forward, backward, merge"):
+        read_fault(f"{point}:1:nan")
+
+
+def test_every_point_is_passed_somewhere_in_the_package(project_folder: Path) -> None:
+    sources = "".join(file.read_text(encoding="utf-8") for file in (project_folder / "forgekit").rglob("*.py"))
+    assert {point: sources.count(f'strike("{point}"') for point in faults.POINTS} == dict.fromkeys(faults.POINTS, 1)

@@ -9,11 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.reliability import RECORD, fill_readme, read_rows
 from forgekit.__main__ import main, make_parser
 from forgekit.arguments import read_assignments
+from forgekit.command.codes import FAILED as EXIT_FAILED
+from forgekit.command.codes import USAGE
 from forgekit.config import NAMES, load_config
 from forgekit.model.shapes import make_released_config
 from forgekit.model.slice_plan import plan_slice
+from forgekit.run_folder import DONE
+from forgekit.runs.outcome import CRASHED, FAILED, GATES_FAILED, STOPPED, Outcome
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -87,6 +92,24 @@ def test_the_headless_example_has_valid_settings():
     recipe, sets = words[words.index("--recipe") + 1], words[words.index("--set") + 1 : words.index("--name")]
     config = load_config(ROOT / recipe, read_assignments(sets))
     assert (config.train.max_steps, config.adapter.r) == (200, 32)
+
+
+def test_the_states_and_exit_codes_are_those_of_the_package():
+    rows = re.findall(r"^\| (`\w+`|\(no run\)) \| (.*?) \| (.*?) \|$", README.split("| state in `run.json` |")[1], re.M)
+    codes = {(state.strip("`"), code) for state, _, code in rows[:7]}
+    own = {Outcome(state).state for state in (DONE, FAILED, STOPPED, CRASHED, GATES_FAILED)}
+    assert {state for state, _ in codes} == own | {"(no run)"}
+    for state in (DONE, FAILED, GATES_FAILED):
+        assert (state, str(Outcome(state).exit_code)) in codes
+    by_signal = "128 + the signal's number"
+    for state, without in ((STOPPED, f"{by_signal}; 1"), (CRASHED, f"{by_signal}, 1 without one")):
+        assert (state, without) in codes
+        assert (Outcome(state, number=15).exit_code, Outcome(state).exit_code) == (128 + 15, 1)
+    assert {code for state, code in codes if state == "(no run)"} == {str(USAGE), str(EXIT_FAILED)}
+
+
+def test_what_was_broken_is_told_as_the_fault_suite_recorded_it():
+    assert fill_readme(README, read_rows(RECORD)) == README
 
 
 def test_settings_shown_as_yaml_are_valid():

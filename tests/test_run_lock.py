@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -132,9 +133,16 @@ for line in sys.stdin:
 """
 
 
+def read_folder(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Return every byte of a folder, and when each file was written, in nanoseconds."""
+    return {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.rglob("*")}
+
+
 def test_of_two_runs_in_one_folder_one_wins_each_time_and_the_loser_changes_nothing(
-    tmp_path: Path, project_folder: Path
+    tmp_path: Path, project_folder: Path, record_case: Any
 ) -> None:
+    """Both begin at once; then the loser tries again three times, and no byte of what the winner wrote is another."""
+    case = record_case(what="folder", point="its lock", action="two runs at once", times=20)
     racers = [
         subprocess.Popen(
             [sys.executable, "-c", RACER, name],
@@ -159,5 +167,14 @@ def test_of_two_runs_in_one_folder_one_wins_each_time_and_the_loser_changes_noth
         winner = racers[answers_.index("won")]
         assert read_json(folder / "run.json")["winner"] == "ab"[answers_.index("won")]
         assert json.loads((folder / ".lock").read_text())["pid"] == winner.pid
+        before = read_folder(folder)
+        assert before.keys() == {".lock", "run.json"}, "the loser left a file"
+        loser = racers[answers_.index("lost")]
+        for _ in range(3):
+            loser.stdin.write(f"{folder}\n")
+            loser.stdin.flush()
+            assert loser.stdout.readline() == "lost\n"
+        assert read_folder(folder) == before, "the loser changed a byte"
+    case["happened"] = "one winner each time; no byte changed by the loser"
     for racer in racers:
         racer.communicate()

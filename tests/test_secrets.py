@@ -23,7 +23,7 @@ from forgekit.errors import ConfigError, ExportError, RunError
 from forgekit.export.push import check_push
 from forgekit.run_folder import open_whole, write_json, write_text
 from forgekit.runs import headless
-from forgekit.scrub import GONE, hide_homes, remove_known, remove_tokens, scrub
+from forgekit.scrub import GONE, SHAPES, hide_homes, remove_known, remove_tokens, scrub
 
 WORDS = string.ascii_letters + string.digits
 
@@ -247,6 +247,35 @@ def test_what_has_no_shape_is_removed_by_its_neighbours_which_stay(text: str) ->
 def test_what_is_no_secret_stays(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/root")
     assert scrub(text) == text
+
+
+KIND_SAMPLES = {  # a text that only this kind cleans; its secret is the last value of the pair
+    **{
+        kind: (SHAPED.get(kind, ""), SHAPED.get(kind, ""))
+        for kind in ("Hugging Face", "Weights & Biases", "AWS access key", "JWT")
+    },
+    "GitHub": (SHAPED["GitHub, fine-grained"],) * 2,
+    "private key": (PEM, PEM.splitlines()[1]),
+    "Weights & Biases, older": ("wandb: {}", IN_VARIABLES["WANDB_API_KEY"]),
+    "GitLab": ("glpat-" + draw(20),) * 2,
+    "OpenAI, Anthropic": ("sk-" + draw(48),) * 2,
+    "Google": ("AIza" + draw(35),) * 2,
+    "Slack": ("xoxb-" + draw(24),) * 2,
+    "PyPI, npm": ("npm_" + draw(36),) * 2,
+    "header": ("Authorization: Bearer {}", IN_VARIABLES["WANDB_API_KEY"]),
+    "password in a URL": ("https://jane:{}@host.example/x", draw(12)),
+    "key in a URL": ("https://host.example/x?sig={}", draw(12)),
+    "named": ("hub_token = {}", draw(24) + "7"),
+}
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_without_one_kind_its_secret_stays(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    template, secret = KIND_SAMPLES[kind]
+    text = template.format(secret)
+    assert secret not in remove_tokens(text)
+    monkeypatch.delitem(SHAPES, kind)
+    assert secret in remove_tokens(text)
 
 
 def test_variables_are_secret_by_their_name_and_only_when_their_value_can_be(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..config import Config
 from ..errors import ExportError
+from ..faults import strike
 from ..hardware import GIB, free_disk
 from ..model.load import find_weights
 from .changes import Change, find_changes, open_change
@@ -121,7 +122,8 @@ def change_tensor(shard: Path, tensor: Tensor, change: Change) -> Iterator[tuple
     for first, last in split_rows(tensor):
         before = read_bytes(shard, tensor, first, last)
         place = tensor.start + first * (tensor.bytes // tensor.rows)
-        yield place, before, encode_rows(add(decode_rows(before, shard, tensor), first), tensor)
+        rows = strike("merge", add(decode_rows(before, shard, tensor), first))
+        yield place, before, encode_rows(rows, tensor)
 
 
 def match_changes(model: Any, shards: list[Path]) -> dict[str, Change]:

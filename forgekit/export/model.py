@@ -1,17 +1,19 @@
 """Everything that `export.formats` names: written beside its place, read back, compared, then put into the run's folder."""
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config
 from ..evaluate.gates import check_gates
+from ..faults import strike
 from ..run_folder import Run, shorten_path
 from .api import write_api
 from .card import update_gates, write_card
 from .checks import check_export
 from .compare import Reference
 from .formats import FORMATS
-from .place import check_absent, drafted, is_file, place_unverified, remove_export, settle
+from .place import UNVERIFIED, check_absent, drafted, is_file, place_unverified, remove_export, settle
 from .push import check_push, push_exports
 from .verdict import Verdict
 
@@ -53,6 +55,7 @@ def export_model(
             verdicts[name] = verdict = FORMATS[name].verify(reference, draft, config)
             verdict.save(draft)
             describe_export(draft, name, target, config, run, scores, verdict)
+            strike("export")
             written[name] = put(draft, target, run.path / "models", verdict)
         print(
             f"{name}: {shorten_path(written[name])} ({measure_size(written[name]) / 1e6:.1f} MB), {verdict.describe()}"
@@ -88,6 +91,8 @@ def put(draft: Path, target: Path, models: Path, verdict: Verdict) -> Path:
     unverified = place_unverified(target, models)
     if unverified.exists():
         remove_export(unverified)
+        with contextlib.suppress(OSError):  # others may stand there
+            (models / UNVERIFIED).rmdir()
     return settle(draft, target if verdict.verified else unverified)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from papermill.clientwrap import PapermillNotebookClient
 
+from ..errors import FreshProcessError
 from .crash import MemoryKills, describe_crash
 from .outcome import FAILED, STOPPED, Outcome
 from .session import Session
@@ -116,7 +117,8 @@ class Client(PapermillNotebookClient):
             return self.describe_stop(None if name == "KeyboardInterrupt" else f"cell {prompt}: {words}", index, prompt)
         if name == "KeyboardInterrupt":
             return Outcome(STOPPED, None, by="an interrupt of its kernel", cell=index, prompt=prompt)
-        return Outcome(FAILED, f"cell {prompt}: {words}", cell=index, prompt=prompt)
+        fresh = name == FreshProcessError.__name__
+        return Outcome(FAILED, f"cell {prompt}: {words}", cell=index, prompt=prompt, fresh=fresh)
 
     def describe_death(self, index: int | None, prompt: int | None) -> Outcome:
         """Return the outcome of a kernel that is gone."""

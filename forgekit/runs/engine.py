@@ -5,6 +5,7 @@ the cells of a killed kernel as completed, rewrites the output in place and forg
 """
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from .parameters import insert_parameters
 from .session import Session
 from .standalone import begin_from_notebook
 from .story import tell_end
+
+FRESH_KERNELS = 2  # the batch is halved at most twice
 
 
 class ForgekitEngine(Engine):
@@ -46,22 +49,37 @@ class ForgekitEngine(Engine):
         if session.parameters:
             insert_parameters(nb)
         keeper = Keeper(output_path) if output_path and is_local(output_path) else None
-        recorder = Recorder(nb, output_path, log_output, progress_bar, autosave_cell_every)
-        recorder.notebook_start()
-        outcome = session.outcome  # failed, until the cells say something else
-        try:
-            outcome = cls.execute_managed_notebook(
-                recorder, kernel_name, session=session, keeper=keeper, log_output=log_output, **options
-            )
-        finally:
-            try:
-                outcome = session.finish(outcome)
-            finally:
-                recorder.finish(outcome)
+        how = output_path, log_output, progress_bar, autosave_cell_every
+        options |= {"session": session, "keeper": keeper, "log_output": log_output}
+        for again in reversed(range(1 + FRESH_KERNELS)):
+            recorder = Recorder(copy.deepcopy(nb), *how)
+            outcome = cls.execute_once(recorder, kernel_name, session, again > 0, options)
+            if not outcome.fresh:
+                break
         raise_for(outcome, recorder)
         if keeper:
             keeper.seal()
         return hide_allowed_errors(recorder.nb)
+
+    @classmethod
+    def execute_once(
+        cls, recorder: "Recorder", kernel_name: str, session: Session, again: bool, options: dict[str, Any]
+    ) -> Outcome:
+        """Execute in one kernel and write the end; `again`: when it asks for a fresh one, the run goes on instead of ending."""
+        recorder.notebook_start()
+        outcome = session.outcome  # failed, until the cells say something else
+        try:
+            outcome = cls.execute_managed_notebook(recorder, kernel_name, **options)
+        finally:
+            if outcome.fresh and (not again or session.supervisor.stop):
+                outcome = replace(outcome, fresh=False)
+            try:
+                outcome = outcome if outcome.fresh else session.finish(outcome)
+            finally:
+                recorder.finish(outcome)
+        if outcome.fresh:
+            session.start_again(outcome)
+        return outcome
 
     @classmethod
     def execute_managed_notebook(

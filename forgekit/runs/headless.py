@@ -71,7 +71,10 @@ def run_notebook(
             if not session.finished:  # an error of the executor itself: the run must not look alive
                 session.finish(session.outcome)
         if (run.path / "notebook.ipynb").exists():
-            write_html(run.path / "notebook.ipynb", run.path / "notebook.html")
+            try:
+                write_html(run.path / "notebook.ipynb", run.path / "notebook.html")
+            except OSError as error:  # how the run ended is recorded by then
+                print(f"notebook.html cannot be written: {error.strerror}.", flush=True)
     return run
 
 

@@ -20,6 +20,7 @@ from typing import Any, TextIO
 from ..link import connect, tell
 from ..run_folder import now, read_json, write_json
 from .outcome import STOPPED, Outcome
+from .room import free_room
 from .status import close_status
 from .story import tell_end, write_notebook
 
@@ -120,6 +121,8 @@ def close_files(given: dict[str, Any]) -> None:
     record = read_json(folder / "run.json") if folder else {}
     if record.get("state", "running") != "running":  # the notebook had come to its end
         return
+    if folder:
+        free_room(folder)
     outcome = mend_notebook(Path(given["notebook"])) if given.get("notebook") else ORPHANED
     close_status(map(Path, given.get("status", ())), f"The run {outcome.sentence()}")
     if folder:

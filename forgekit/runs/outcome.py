@@ -19,6 +19,7 @@ class Outcome:
     number: int | None = None  # the signal that stopped it or killed its kernel
     cell: int | None = None
     prompt: int | None = None
+    fresh: bool = False  # memory ran out, and a fresh kernel goes on with a smaller batch
 
     def describe(self) -> str:
         """Return one sentence without the state."""

@@ -13,11 +13,12 @@ from ..config import Config
 from ..errors import ConfigError, RunNameError
 from ..evaluate.gates import check_gates
 from ..paths import check_inside
-from ..run_folder import DONE, Run, check_name, explain_disk, find_run_root, open_run, read_json
+from ..run_folder import DONE, Run, begin_attempt, check_name, explain_disk, find_run_root, now, open_run, read_json
 from .inside import VARIABLE as SUPERVISED
 from .outcome import FAILED, GATES_FAILED, Outcome
 from .parameters import VARIABLE as PARAMETERS_FILE
 from .parameters import write_parameters
+from .room import free_room, keep_room
 from .status import close_status, open_status
 from .supervise import Supervisor
 
@@ -55,12 +56,24 @@ class Session:
         """Return the files that the kernel inherits: the lock, so that the folder stays locked until it too has ended."""
         return self.run.open_files() if self.run else ()
 
+    def start_again(self, outcome: Outcome) -> None:
+        """Close an attempt whose kernel asked for a fresh one and open the next, in the same folder and under the same lock."""
+        print(f"The run {outcome.sentence()}", flush=True)
+        if self.run is None:
+            return
+        self.run.record = read_json(self.run.path / "run.json")
+        self.run.update(state=outcome.state, error=outcome.error, finished_at=now())
+        self.run.record = begin_attempt(self.run.path)
+        self.run.update()
+        open_status(self.status)
+
     def finish(self, outcome: Outcome) -> Outcome:
         """Write the end into run.json and status.json, give the folder free, and return the end with the gates in it."""
         self.finished = True
         self.outcome = outcome
         if self.run is None:
             return outcome
+        free_room(self.run.path)
         # the kernel has added settings, scores and exports in the meantime
         self.run.record = read_json(self.run.path / "run.json")
         if outcome.state == DONE:
@@ -102,6 +115,7 @@ def begin(config: Config, name: str | int | None, notebook: str, supervisor: Sup
     with explain_disk(run.path):
         run.update(notebook=notebook)
         open_status(session.status)
+        keep_room(run.path)
     return session
 
 

@@ -109,7 +109,9 @@ class Supervisor:
     @contextlib.contextmanager
     def watch(self, link: socket.socket) -> Iterator[None]:
         """Watch a kernel, `pid` once it is set, while the block runs, and leave none of its processes behind."""
-        self.link = link
+        self.link, self.pid, self.step_began, self.rest = link, None, None, b""
+        self.listens = self.executing = False
+        self.ended.clear()
         self.thread = threading.Thread(target=self.run, name="forgekit-supervisor", daemon=True)
         self.thread.start()
         try:
@@ -164,6 +166,8 @@ class Supervisor:
         elif "done" in event:
             self.step_began = None
             self.seconds.append(event["seconds"])
+        elif "rest" in event:
+            self.step_began = None
         elif "stop" in event:
             self.ask(f"{name_signal(event['stop'])} to its kernel", event["stop"])
         elif "ready" in event:

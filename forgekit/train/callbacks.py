@@ -94,6 +94,7 @@ class RunLog(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write metrics/training-stats.json."""
+        tell(rest=True)
         seconds = self.clock.seconds()
         stats = {
             "steps": state.global_step,

@@ -10,6 +10,7 @@ from typing import Any
 from ..data.randomness import kept_random_numbers
 from ..errors import ModelError
 from ..faults import strike
+from ..link import tell
 from .order import Order, SeededRows
 
 SCALE_STEPS = 20  # float16 starts with losses scaled by 65536 and halves that at each overflow: below 1 after 17
@@ -54,6 +55,12 @@ class ExactTraining:
                 stack.enter_context(self.group.own_loader(trainer))
                 stack.enter_context(changed([trainer], "data_collator", collate_shared(trainer.data_collator)))
             return super()._get_dataloader(rows, *args, is_training=is_training, **kwargs)  # type: ignore[misc]
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Tell the supervisor that a step begins: reading its rows may hang, too."""
+        trainer: Any = self
+        tell(step=trainer.state.global_step + 1)
+        return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Score without drawing from training's random numbers: a score more or less changes no dropout."""
@@ -113,13 +120,13 @@ class ExactTraining:
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         return found if return_outputs else strike("forward", found)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """Note the batch's loss."""
         if self.group:
             trainer: Any = self
             self.group.seed_batch(self.order.seed, trainer.state.global_step, len(self.step_losses))
-        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
-        strike("backward")
+        loss = super().training_step(model, *args, **kwargs)  # type: ignore[misc]
+        strike("backward", model)
         self.step_losses.append(loss)
         return loss
 

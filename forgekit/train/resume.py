@@ -5,7 +5,8 @@ import gc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import RunError
+from ..errors import FreshProcessError, RunError
+from ..link import is_supervised
 from ..run_folder import Run, now
 from .checkpoint import find_newest, find_step, list_checkpoints, read_manifest, verify_checkpoint
 from .identity import check_drift
@@ -22,7 +23,7 @@ def resume_training(trainer: Any, config: "Config", run: Run, say: "Callable[[st
     """Let `trainer.train` begin at the checkpoint that `train.resume`, or its own argument, names.
 
     When the memory does not suffice it goes on from the last step with half the micro-batch and twice the accumulation, at
-    most twice, and says so in run.json.
+    most twice in a run, and says so in run.json: in a fresh process under a supervisor, else in this one.
     """
     train = trainer.train
 
@@ -32,20 +33,22 @@ def resume_training(trainer: Any, config: "Config", run: Run, say: "Callable[[st
         if checkpoint:
             say(f"Resuming from {checkpoint.name} of {checkpoint.parent.parent.name}.")
             note_resume(run, checkpoint)
-        halved = 0
         while True:
+            changes = run.record.get("smaller_batches", [])
             if checkpoint:
                 take_batch(trainer, read_manifest(checkpoint)["batch"], say)
             else:
                 seed_training(config)
+            if changes:  # it may have run out before there was a checkpoint
+                take_batch(trainer, changes[-1], say)
             trainer.checkpoints.resumed = checkpoint
             try:
                 return train(str(checkpoint) if checkpoint else None, *args, **kwargs)
             except RuntimeError as error:
-                if not is_out_of_memory(error) or halved == HALVINGS or trainer.args.per_device_train_batch_size == 1:
+                rows = trainer.args.per_device_train_batch_size
+                if not is_out_of_memory(error) or len(changes) >= HALVINGS or rows == 1:
                     raise
             # here, because until now the error held the tensors that did not fit
-            halved += 1
             checkpoint = start_smaller(trainer, run, say)
 
     trainer.train = train_on
@@ -123,7 +126,8 @@ def start_smaller(trainer: Any, run: Run, say: "Callable[[str], None]") -> Path 
     """Halve the micro-batch, double the accumulation, and return the checkpoint to go on from, None at the first step.
 
     Weights, moments and schedule are those of the last whole step, unless memory ran out while the optimiser changed them:
-    then it is the newest checkpoint on disk. Raises RunError when there is none.
+    then it is the newest checkpoint on disk. Raises RunError when there is none, and FreshProcessError under a supervisor,
+    which starts the notebook anew.
     """
     import torch
 
@@ -136,14 +140,18 @@ def start_smaller(trainer: Any, run: Run, say: "Callable[[str], None]") -> Path 
     rows = max(size for size in range(1, before[0] // 2 + 1) if before[0] % size == 0)
     set_batch(trainer, rows, before[1] * before[0] // rows)
     step = trainer.state.global_step
-    say(
+    words = (
         f"Out of memory in step {step + 1} with {before[0]} rows at once; going on with {rows} rows at once, "
         f"{args.gradient_accumulation_steps} times before a step: {before[0] * before[1]} rows a step, as before."
     )
+    say(words)
     change = {"step": step + 1, "rows": rows, "accumulated": args.gradient_accumulation_steps, "at": now()}
     run.update(smaller_batches=[*run.record.get("smaller_batches", []), change])
+    saved = checkpoints.save() if step and not checkpoints.stepping else None
+    if is_supervised():
+        raise FreshProcessError(f"{words} A fresh process goes on.")
     if not checkpoints.stepping:
-        return checkpoints.save() if step else None
+        return saved
     checkpoint = find_newest(checkpoints.folder, say)
     if checkpoint is None:
         raise RunError(

@@ -23,13 +23,14 @@ class Checkpoints(TrainerCallback):
         self.folder = Path(trainer.args.output_dir)
         self.resumed: Path | None = None
         self.saved_at = time.monotonic()
-        self.stepping = False  # between the first and the last weight that the optimiser changes
+        self.loss_before: Any = None  # inside a step: the loss added up before it
+        self.stepping = False  # from the first weight that the optimiser changes to the step's number
 
     # ---- when -------------------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock; after a resume put back what transformers forgets."""
-        self.saved_at, self.stepping = time.monotonic(), False
+        self.saved_at, self.stepping, self.loss_before = time.monotonic(), False, None
         self.trainer.step_losses.clear()
         if self.resumed:
             state.compute_steps(args, state.max_steps)  # the settings of now, not those in the checkpoint
@@ -41,8 +42,13 @@ class Checkpoints(TrainerCallback):
         order = self.trainer.order
         order.epoch = state.global_step // -(-len(order) // count_rows(args))
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the loss so far: what a broken step has added to it does not count."""
+        self.loss_before = self.trainer._tr_loss.detach().clone()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for a checkpoint when the last one is old, and after the last step."""
+        """Note that the step is whole; ask for a checkpoint when the last one is old, and after the last step."""
+        self.stepping, self.loss_before = False, None
         old = self.minutes is not None and time.monotonic() - self.saved_at >= 60 * self.minutes
         control.should_save |= old or state.global_step >= state.max_steps
 
@@ -57,8 +63,7 @@ class Checkpoints(TrainerCallback):
         self.stepping = True
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note that all weights have changed."""
-        self.stepping = False
+        """Pass the fault point: all weights have changed, and neither schedule nor step number say so yet."""
         strike("after_step")
 
     # ---- what -------------------------------------------------------------------------------------------------------
@@ -77,7 +82,7 @@ class Checkpoints(TrainerCallback):
         about = {
             "step": state.global_step,
             "batch": {"rows": trainer.args.per_device_train_batch_size, "accumulated": trainer.args.gradient_accumulation_steps * trainer.args.world_size},
-            "since_log": note_losses(trainer),
+            "since_log": note_losses(trainer, trainer._tr_loss if self.loss_before is None else self.loss_before),
             "identity": self.identity,
         }  # fmt: skip
         write_whole(path, self.write, about)
@@ -112,10 +117,10 @@ def count_rows(args: Any) -> int:
     return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
-def note_losses(trainer: Any) -> dict[str, Any]:
+def note_losses(trainer: Any, loss: Any) -> dict[str, Any]:
     """Return the loss added up since the last line of the log and over the whole training; a float's text in JSON is exact."""
     return {
-        "loss": trainer._tr_loss.item() - sum(loss.item() for loss in trainer.step_losses),  # of a step that broke off
+        "loss": loss.item(),
         "step": trainer._globalstep_last_logged,
         "total": trainer._total_loss_scalar,
     }

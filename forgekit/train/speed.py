@@ -54,7 +54,8 @@ def train_fast(trainer: Any, config: Config, run: Run) -> None:
         finally:
             disable_fast_path(trainer.model)
             print(path)
-            run.update(fast_path=path.summarize())
+            with contextlib.suppress(OSError):  # a full disk may be why training ended, and that is what has to be told
+                run.update(fast_path=path.summarize())
 
     trainer.train = train_with_fast_path
 

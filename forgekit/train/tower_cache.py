@@ -190,7 +190,8 @@ def cache_while_training(trainer: Any, config: Config, run: Run) -> None:
             finally:
                 for name, cache in caches.items():
                     print(f"{name}: {cache}")
-                if caches:
-                    run.update(tower_caches={name: cache.summarize() for name, cache in caches.items()})
+                with contextlib.suppress(OSError):  # as in speed.py
+                    if caches:
+                        run.update(tower_caches={name: cache.summarize() for name, cache in caches.items()})
 
     trainer.train = train_with_cache

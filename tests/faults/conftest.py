@@ -2,29 +2,33 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
 
+from .breaking import PLACES, STEPS, hash_export
+
 WARM = Path(__file__).with_name("warm.py")
-STEPS = 24
 
 
 class Warm:
     """Runs trainings of the folder, one after another; see warm.py for what a job may hold."""
 
-    def __init__(self, folder: Path, project: Path):
+    def __init__(self, folder: Path, project: Path, before: tuple[str, ...] = ()):
+        """Start it; `before` is a command that it is started by, for a file system of its own."""
         self.folder, self.expected, self.used = folder, {}, 0
+        self.stopped_by: str | None = None  # who stopped the last job, when a supervisor watched it
+        self.run = ""
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(project), "PYTHONDONTWRITEBYTECODE": "1"}
         environment.pop("FORGEKIT_FAULT", None)
         self.process = subprocess.Popen(
-            [sys.executable, str(WARM), str(folder)],
+            [*before, sys.executable, str(WARM), str(folder)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=open(folder / "warm.log", "w"),  # noqa: SIM115
             text=True, env=environment, cwd=project,
         )  # fmt: skip
@@ -36,9 +40,11 @@ class Warm:
 
     def train(self, run: str, **job: Any) -> int:
         """Run one job; return its exit code, or minus the signal that ended it."""
+        self.run = run
         self.process.stdin.write(json.dumps({"folder": str(self.folder), "run": run, **job}) + "\n")
         self.process.stdin.flush()
-        return self.answer()
+        status, self.stopped_by = self.answer()
+        return status
 
     def new_run(self) -> str:
         self.used += 1
@@ -46,6 +52,9 @@ class Warm:
 
     def path(self, run: str) -> Path:
         return self.folder / "runs" / run
+
+    def read_record(self, run: str) -> dict[str, Any]:
+        return json.loads((self.path(run) / "run.json").read_text(encoding="utf-8"))
 
     def read_losses(self, run: str) -> list[tuple[int, float]]:
         """Return step and loss of each line of metrics.jsonl, steps that were done twice included."""
@@ -67,8 +76,22 @@ class Warm:
             self.expected[key] = dict(self.read_losses(run)), self.read_hashes(run)
         return self.expected[key]
 
+    def exported(self, settings: dict[str, Any]) -> dict[str, str]:
+        """Return the hashes of an export that nothing disturbs."""
+        key = f"export {json.dumps(settings, sort_keys=True)}"
+        if key not in self.expected:
+            run = self.new_run()
+            assert self.train(run, settings=settings, export=True) == 0, self.log(run)
+            self.expected[key] = {
+                name: hash_export(self.path(run) / "models" / place) for name, place in PLACES.items()
+            }
+        return self.expected[key]
+
     def log(self, run: str) -> str:
         return (self.folder / f"{run}.log").read_text(encoding="utf-8")[-3000:]
+
+    def last_log(self) -> str:
+        return self.log(self.run)
 
     def starts(self, run: str) -> list[int]:
         """Return the steps that the run's trainings started at."""
@@ -88,32 +111,26 @@ class Warm:
         self.process.wait(30)
 
 
+PARAMETERS = 'recipe: str = ""\nsettings: dict = {}\nrun_name: str = ""'
+START = "import forgekit as fk\n\nconfig = fk.load_config(recipe, settings)\nrun = fk.start_run(config, run_name)"
+
+
+@pytest.fixture
+def write_notebook() -> Callable[..., Path]:
+    """Returns a function: path, sources of cells -> a notebook that starts a run and executes them."""
+
+    def write(path: Path, *sources: str) -> Path:
+        cells = [nbformat.v4.new_code_cell(source.strip()) for source in (PARAMETERS, START, *sources)]
+        cells[0].metadata["tags"] = ["parameters"]
+        kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), path)
+        return path
+
+    return write
+
+
 @pytest.fixture(scope="session")
 def warm(tmp_path_factory: pytest.TempPathFactory, project_folder: Path) -> Iterator[Warm]:
     process = Warm(tmp_path_factory.mktemp("warm"), project_folder)
     yield process
     process.close()
-
-
-FAULTS = {"kill9": "`kill -9`", "term": "SIGTERM", "exception": "exception", "disk_full": "disk full"}
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print the README's table: how many trainings were broken in which way, and how many of them resumed bit for bit."""
-    counts: dict[str, list[int]] = {}
-    said = []
-    for outcome in ("passed", "failed"):
-        for report in terminalreporter.stats.get(outcome, []):
-            found = re.search(r"test_every_step_and_every_fault\[\d+-\w+-(\w+)\]", report.nodeid)
-            if found and report.when == "call":
-                counts.setdefault(found.group(1), [0, 0])[outcome == "failed"] += 1
-            said += [text for name, text in report.user_properties if name == "kills" and report.when == "call"]
-    if not counts and not said:
-        return
-    terminalreporter.section("trainings that were broken on purpose")
-    terminalreporter.write_line("| broken by | trainings | resumed bit for bit |")
-    terminalreporter.write_line("|---|---|---|")
-    for fault, (passed, failed) in sorted(counts.items()):
-        terminalreporter.write_line(f"| {FAULTS[fault]} at a chosen step | {passed + failed} | {passed} |")
-    for line in said:
-        terminalreporter.write_line(line)

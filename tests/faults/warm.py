@@ -1,8 +1,10 @@
 """A process that has imported everything and forks one training after another: a job a line in, how it ended a line out.
 
-A job is a JSON object: folder (of the checkpoint, the rows and the runs), run, settings, environment, and what is to go wrong
-beside FORGEKIT_FAULT: full_disk_at (a step at which files can no longer grow), kill_worker_at (a step), kill_after (seconds),
-mutant (a defence that is taken out). With train.gpus the other processes are forked too. `kill_after` is counted from the beginning of the training. Started with one thread, because a forked process may not use a parent's thread pool.
+A job is a JSON object: folder (of the checkpoint, the rows and the runs), run, settings, environment, export (instead of a
+training: an adapter that is drawn), and what is to go wrong beside FORGEKIT_FAULT: full_disk_at (a step at which files can no
+longer grow), kill_worker_at (a step), fill_at (a step at which the disk is filled), kill_after (seconds since the training began), mutant (a defence that
+is taken out). With `supervised` (hang and timeout, in seconds) the Supervisor of `forgekit run` watches the child.
+With train.gpus the other processes are forked too. Started with one thread, because a forked process may not use a parent's thread pool.
 """
 
 import gc
@@ -10,6 +12,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -44,17 +47,9 @@ def make_checkpoint(folder: Path) -> None:
     (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
-def train(job: dict[str, Any], began: int | None = None) -> None:
-    """Train one run of the job's folder, or what is left of it; write a byte to `began` when the first step comes."""
-    import random
-
-    from forgekit import add_adapter, load_config, load_data, load_model, sft_trainer, start_run
-
-    def vary(row: dict[str, Any]) -> dict[str, Any]:
-        """A row that is written another way each time it is read: an augmentation."""
-        greeting = random.choice(["", "Hi, ", "Hello, ", "So, "])
-        turns = [("user", greeting + row["prompt"]), ("assistant", row["completion"])]
-        return {"messages": [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]}
+def start(job: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
+    """Begin the job's run, or go on with it; return config, run, model with adapter, and processor."""
+    from forgekit import add_adapter, load_config, load_model, start_run
 
     folder = Path(job["folder"])
     fork_workers()
@@ -70,10 +65,42 @@ def train(job: dict[str, Any], began: int | None = None) -> None:
     config = load_config(None, settings | job.get("settings", {}))
     run = start_run(config, job["run"])
     model, processor = load_model(config)
-    data = load_data(config, processor, vary)
-    trainer = sft_trainer(add_adapter(model, config), processor, data, config, run)
+    return config, run, add_adapter(model, config), processor
+
+
+def export(job: dict[str, Any]) -> None:
+    """Export an adapter whose matrices are drawn, as `export.formats` says."""
+    import torch
+
+    from forgekit import export_model
+
+    config, run, model, processor = start(job)
+    generator = torch.Generator().manual_seed(11)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:  # zero before training
+            weight.data.normal_(0, 0.1, generator=generator)
+    export_model(model.eval(), processor, config, run)
+    run.finish()
+
+
+def train(job: dict[str, Any], began: int | None = None) -> None:
+    """Train one run of the job's folder, or what is left of it; write a byte to `began` when the first step comes."""
+    import random
+
+    from forgekit import load_data, sft_trainer
+
+    def vary(row: dict[str, Any]) -> dict[str, Any]:
+        """A row that is written another way each time it is read: an augmentation."""
+        greeting = random.choice(["", "Hi, ", "Hello, ", "So, "])
+        turns = [("user", greeting + row["prompt"]), ("assistant", row["completion"])]
+        return {"messages": [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]}
+
+    config, run, model, processor = start(job)
+    trainer = sft_trainer(model, processor, load_data(config, processor, vary), config, run)
     if job.get("full_disk_at"):
-        fill_disk(trainer, job["full_disk_at"])
+        at_step(trainer, job["full_disk_at"], stop_growth)
+    if job.get("fill_at"):
+        at_step(trainer, job["fill_at"], lambda: fill_disk(run.path.parent / "ballast"))
     if began is not None:
         tell_begin(trainer, began)
     if job.get("kill_worker_at"):
@@ -84,16 +111,33 @@ def train(job: dict[str, Any], began: int | None = None) -> None:
     run.finish("stopped" if trainer.state.global_step < trainer.state.max_steps else "completed")
 
 
-def fill_disk(trainer: Any, step: int) -> None:
-    """Let no file grow in this process any more once a step has begun."""
+def at_step(trainer: Any, step: int, act: Any) -> None:
+    """Do something when a step begins."""
     from transformers import TrainerCallback
 
-    class Filler(TrainerCallback):
+    class Actor(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step + 1 == step:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (FULL_DISK, resource.RLIM_INFINITY))
+                act()
 
-    trainer.add_callback(Filler())
+    trainer.add_callback(Actor())
+
+
+def stop_growth() -> None:
+    """Let no file grow in this process any more."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FULL_DISK, resource.RLIM_INFINITY))
+
+
+def fill_disk(ballast: Path) -> None:
+    """Fill the disk with a file, but for room for a few lines of the log."""
+    with open(ballast, "wb", buffering=0) as file:
+        for size in (65536, 4096):
+            try:
+                while file.write(b"x" * size) == size:
+                    pass
+            except OSError:
+                continue
+    os.truncate(ballast, ballast.stat().st_size - FULL_DISK)
 
 
 def fork_workers() -> None:
@@ -239,17 +283,38 @@ MUTANTS = {
 }
 
 
-def run_job(job: dict[str, Any]) -> int:
-    """Fork, train in the child, and return its exit status: minus the signal that ended it, or its code."""
+def supervise(job: dict[str, Any], child: int, link: socket.socket) -> tuple[int, str | None]:
+    """Watch a child as `forgekit run` watches a kernel; return how it ended and who stopped it."""
+    from forgekit.runs import supervise
+
+    supervise.HANG_SECONDS = job.get("hang", supervise.HANG_SECONDS)
+    supervisor = supervise.Supervisor(grace=2, timeout=job.get("timeout"))
+    with link, supervisor.watch(link):
+        supervisor.pid = child
+        supervisor.cell_begins()
+        status = os.waitpid(child, 0)[1]
+        supervisor.pid = None  # another process may get the number
+    return status, supervisor.stop and supervisor.stop.by
+
+
+def run_job(job: dict[str, Any]) -> list[Any]:
+    """Fork, do the job in the child; return how it ended (minus the signal, or its exit code) and who stopped it."""
     wait, began = os.pipe()
+    ours, theirs = socket.socketpair()
     child = os.fork()
     if child == 0:
+        os.setpgid(0, 0)
+        if job.get("supervised"):
+            from forgekit.link import connect
+
+            connect(theirs.detach())
+        ours.close()
         log = os.open(Path(job["folder"]) / f"{job['run']}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
         code = 1
         try:
-            train(job, began)
+            export(job) if job.get("export") else train(job, began)
             code = 0
         except BaseException:  # noqa: BLE001  # the child must not return into the parent's loop
             traceback.print_exc()
@@ -257,12 +322,18 @@ def run_job(job: dict[str, Any]) -> int:
             sys.stdout.flush()
             os._exit(code)
     os.close(began)
+    theirs.close()
     if "kill_after" in job and os.read(wait, 1):
         time.sleep(job["kill_after"])
         os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
+    by = None
+    if job.get("supervised"):
+        status, by = supervise(job, child, ours)
+    else:
+        status = os.waitpid(child, 0)[1]
+        ours.close()
     os.close(wait)
-    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+    return [-os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status), by]
 
 
 def main() -> None:
@@ -280,7 +351,7 @@ def main() -> None:
     answers.write('"ready"\n')
     answers.flush()
     for line in sys.stdin:
-        answers.write(f"{run_job(json.loads(line))}\n")
+        answers.write(json.dumps(run_job(json.loads(line))) + "\n")
         answers.flush()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import psutil
 import pytest
 
 from forgekit.run_folder import read_json
@@ -14,6 +15,14 @@ from forgekit.runs.headless import run_notebook
 
 PARAMETERS = 'recipe: str = ""\nsettings: dict = {}\nrun_name: str = ""'
 START = "import forgekit as fk\n\nconfig = fk.load_config(recipe, settings)\nrun = fk.start_run(config, run_name)"
+LOAD = """
+processor = fk.load_processor(config)
+data = fk.load_data(config, processor)
+model, processor = fk.load_model(config)
+model = fk.add_adapter(model, config)
+trainer = fk.sft_trainer(model, processor, data, config, run)
+"""
+CHILD = "child = subprocess.Popen(['sleep', '600'])\npathlib.Path('child').write_text(str(child.pid))\n"
 # what a cell can do to be hard to end; `saved` says that it had time to clean up
 WAIT = """
 import os, pathlib, signal, subprocess, sys, time
@@ -24,6 +33,14 @@ try:
 finally:
     pathlib.Path("saved").write_text("yes")
 """
+
+
+def is_gone(file: str) -> bool:
+    """Say whether the process whose number stands in a file has ended."""
+    try:
+        return psutil.Process(int(Path(file).read_text())).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def write_notebook(*sources: str, name: str = "toy.ipynb", tags: dict[int, list[str]] | None = None) -> Path:
@@ -52,6 +69,9 @@ class Ended:
     @property
     def status(self) -> dict[str, Any]:
         return read_json(self.folder / "status.json")
+
+    def read(self, name: str) -> Any:
+        return nbformat.read(self.folder / name, as_version=4)
 
     @property
     def cells(self) -> list[Any]:
@@ -87,3 +107,18 @@ def execute(own_folder: Path) -> Callable[..., Ended]:
         return Ended(folder, time.monotonic() - began)
 
     return run
+
+
+@pytest.fixture
+def settings(tiny_folder: Path, orders_file: Path) -> dict:
+    """A run of 400 steps of the random checkpoint, which a test ends in the third."""
+    return {
+        "data.path": str(orders_file),
+        "model.id": str(tiny_folder),
+        "model.engine": "huggingface",
+        "model.device": "cpu",
+        "model.load_in": "16bit",
+        "model.max_length": 256,
+        "train.max_steps": 400,
+        "train.status_file": "elsewhere/status.json",
+    }

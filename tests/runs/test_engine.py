@@ -7,6 +7,7 @@ import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import papermill
@@ -19,7 +20,7 @@ from forgekit.runs import engine
 from forgekit.runs.engine import ForgekitEngine
 from forgekit.runs.headless import run_notebook
 
-from .conftest import PARAMETERS, START, Ended, write_notebook
+from .conftest import CHILD, PARAMETERS, START, Ended, is_gone, write_notebook
 
 KILL = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
 Execute = Callable[..., Ended]
@@ -72,10 +73,14 @@ def test_parameters_are_data_and_never_code(failed: Ended) -> None:
     assert not (failed.folder.parent.parent / "pwned").exists()
 
 
-def test_a_killed_kernel_is_recorded_within_five_seconds_and_no_later_cell_says_completed(execute: Execute) -> None:
-    note = "import pathlib, time\npathlib.Path('killed').write_text(str(time.time()))\n"
+def test_a_killed_kernel_is_recorded_within_five_seconds_and_no_later_cell_says_completed(
+    execute: Execute, record_case: Any
+) -> None:
+    case = record_case(what="run", point="a cell", action="`kill -9` of its kernel")
+    note = f"import pathlib, subprocess, time\n{CHILD}pathlib.Path('killed').write_text(str(time.time()))\n"
     ended = execute(START, note + KILL, "print('never')")
     assert (ended.folder / "run.json").stat().st_mtime - float(Path("killed").read_text()) < 5
+    assert is_gone("child"), "what the kernel had started was left behind"
     assert ended.statuses() == ["completed", "failed", "pending"]
     record = ended.record
     assert (record["state"], record["signal"], record["exit_code"], record["cell"]) == ("crashed", "SIGKILL", 137, 4)
@@ -83,6 +88,7 @@ def test_a_killed_kernel_is_recorded_within_five_seconds_and_no_later_cell_says_
     assert (output.output_type, output.ename) == ("error", "DeadKernelError")
     assert (ended.status["running"], ended.status["error"]) == (False, f"The run crashed: {record['error']}.")
     assert "This run crashed" in ended.cells[0].source and ended.metadata["forgekit"]["state"] == "crashed"
+    case["happened"] = "recorded as crashed within 5 s; no later cell says completed"
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -18,18 +19,9 @@ from forgekit.run_lock import lock_folder
 from forgekit.runs import supervise
 from forgekit.runs.supervise import Supervisor
 
-from .conftest import PARAMETERS, START, WAIT, Ended, write_notebook
+from .conftest import CHILD, PARAMETERS, START, WAIT, Ended, is_gone, write_notebook
 
 Execute = Callable[..., Ended]
-CHILD = "child = subprocess.Popen(['sleep', '600'])\npathlib.Path('child').write_text(str(child.pid))\n"
-
-
-def is_gone(file: str) -> bool:
-    """Say whether the process whose number stands in a file has ended."""
-    try:
-        return psutil.Process(int(Path(file).read_text())).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 def wait_for(found: Callable[[], bool], seconds: float = 30) -> None:
@@ -51,8 +43,9 @@ def wait_for(found: Callable[[], bool], seconds: float = 30) -> None:
     ],
 )
 def test_a_signal_to_the_supervisor_lets_the_cell_clean_up_and_leaves_no_child(
-    name: str, code: int, execute: Execute
+    name: str, code: int, execute: Execute, record_case: Any
 ) -> None:
+    case = record_case(what="run", point="a cell", action=name)
     ended = execute(
         START, WAIT.format(first=f"{CHILD}os.kill(os.getppid(), signal.{name})"), "print('never')", grace=20
     )
@@ -67,10 +60,12 @@ def test_a_signal_to_the_supervisor_lets_the_cell_clean_up_and_leaves_no_child(
     assert ended.statuses() == ["completed", "failed", "pending"]
     assert f"This run was stopped by {name}." in ended.cells[0].source
     assert (ended.status["running"], ended.status["error"]) == (False, f"The run was stopped by {name}.")
+    case["happened"] = "the cell cleaned up; recorded as stopped, no process left"
     assert "FORGEKIT_RUN" not in os.environ and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_kernel_that_does_not_end_is_killed_within_the_grace_period(execute: Execute) -> None:
+def test_a_kernel_that_does_not_end_is_killed_within_the_grace_period(execute: Execute, record_case: Any) -> None:
+    case = record_case(what="run", point="a cell that ignores it", action="SIGTERM")
     stubborn = "signal.signal(signal.SIGINT, signal.SIG_IGN)\npathlib.Path('asked').write_text(str(time.time()))\n"
     ended = execute(START, WAIT.format(first=f"{stubborn}os.kill(os.getppid(), signal.SIGTERM)"), grace=2)
     written = (ended.folder / "run.json").stat().st_mtime
@@ -79,6 +74,7 @@ def test_a_kernel_that_does_not_end_is_killed_within_the_grace_period(execute: E
     assert (record["state"], record["stopped_by"], record["exit_code"]) == ("stopped", "SIGTERM", 143)
     assert record["error"] == "the kernel was killed because it did not end within the grace period of 2 s"
     assert is_gone("kernel") and not Path("saved").exists()
+    case["happened"] = "the kernel killed within the grace period; recorded as stopped"
 
 
 @pytest.mark.slow
@@ -128,8 +124,9 @@ def test_outside_the_main_thread_nothing_is_caught() -> None:
 
 
 def test_a_hung_step_leaves_its_stacks_in_the_log_and_stops_the_run(
-    execute: Execute, monkeypatch: pytest.MonkeyPatch
+    execute: Execute, monkeypatch: pytest.MonkeyPatch, record_case: Any
 ) -> None:
+    case = record_case(what="run", point="a step", action="hang")
     monkeypatch.setattr(supervise, "HANG_SECONDS", 1.0)
     hang = "from forgekit.link import tell\ntell(done=7, seconds=0.01)\ntell(step=8)\ndef wait_for_ever():\n    time.sleep(60)\nwait_for_ever()"
     ended = execute(START, WAIT.format(first="").replace("time.sleep(60)", hang.replace("\n", "\n    ")))
@@ -139,6 +136,7 @@ def test_a_hung_step_leaves_its_stacks_in_the_log_and_stops_the_run(
     log = (ended.folder / "logs" / "training.log").read_text()
     assert "most recent call first" in log and "in wait_for_ever" in log
     assert Path("saved").exists()
+    case["happened"] = "every stack in the log; stopped"
 
 
 def test_a_step_hangs_after_ten_minutes_or_twenty_median_steps_and_grace_is_two_steps() -> None:
@@ -154,10 +152,11 @@ def test_a_step_hangs_after_ten_minutes_or_twenty_median_steps_and_grace_is_two_
 def test_a_step_that_an_error_cut_short_does_not_hang() -> None:
     supervisor = Supervisor()
     supervisor.take({"step": 1})
-    supervisor.step_began = time.monotonic() - 10_000
-    supervisor.cell_ended()
-    supervisor.check_limits()
-    assert supervisor.stop is None
+    for end in (supervisor.cell_ended, lambda: supervisor.take({"rest": True})):  # a cell may catch it and go on
+        supervisor.step_began = time.monotonic() - 10_000
+        end()
+        supervisor.check_limits()
+        assert supervisor.stop is None
     supervisor.step_began = time.monotonic() - 10_000
     supervisor.check_limits()
     assert supervisor.stop is not None
@@ -172,7 +171,10 @@ def start_command(project_folder: Path) -> subprocess.Popen:
     return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.DEVNULL)
 
 
-def test_when_the_supervisor_is_killed_the_kernel_saves_says_so_and_ends(project_folder: Path) -> None:
+def test_when_the_supervisor_is_killed_the_kernel_saves_says_so_and_ends(
+    project_folder: Path, record_case: Any
+) -> None:
+    case = record_case(what="run", point="a cell", action="`kill -9` of its supervisor")
     slow = "time.sleep(60)\nfinally:\n    time.sleep(1.5)"  # what it saves takes a while
     write_notebook(
         PARAMETERS, START, WAIT.format(first=CHILD).replace("time.sleep(60)\nfinally:", slow), "print('never')"
@@ -193,6 +195,7 @@ def test_when_the_supervisor_is_killed_the_kernel_saves_says_so_and_ends(project
     assert ended.metadata["forgekit"]["state"] == "stopped" and "the death of its supervisor" in ended.cells[0].source
     assert ended.status["running"] is False
     wait_for(lambda: is_free(folder))
+    case["happened"] = "the kernel saved, recorded the end and ended"
 
 
 def is_free(folder: Path) -> bool:

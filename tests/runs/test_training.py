@@ -7,20 +7,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from forgekit.run_folder import read_json
 
-from .conftest import PARAMETERS, START, Ended, write_notebook
+from .conftest import LOAD, PARAMETERS, START, Ended, write_notebook
 
-LOAD = """
-processor = fk.load_processor(config)
-data = fk.load_data(config, processor)
-model, processor = fk.load_model(config)
-model = fk.add_adapter(model, config)
-trainer = fk.sft_trainer(model, processor, data, config, run)
-"""
 # the signal comes from the middle of step 3: its forward has been computed, its weights have not changed
 TRAIN = """
 import os, pathlib, signal
@@ -38,21 +32,6 @@ trainer.train()
 """
 
 
-@pytest.fixture
-def settings(tiny_folder: Path, orders_file: Path) -> dict:
-    """A run of 400 steps of the random checkpoint, which a test ends in the third."""
-    return {
-        "data.path": str(orders_file),
-        "model.id": str(tiny_folder),
-        "model.engine": "huggingface",
-        "model.device": "cpu",
-        "model.load_in": "16bit",
-        "model.max_length": 256,
-        "train.max_steps": 400,
-        "train.status_file": "elsewhere/status.json",
-    }
-
-
 def check_stopped(ended: Ended) -> None:
     """The step in which the signal came is whole, and no later one was taken."""
     record = ended.record
@@ -66,8 +45,9 @@ def check_stopped(ended: Ended) -> None:
 
 
 def test_sigterm_in_the_middle_of_a_step_ends_it_with_a_checkpoint(
-    execute: Callable[..., Ended], settings: dict
+    execute: Callable[..., Ended], settings: dict, record_case: Any
 ) -> None:
+    case = record_case(what="run", point="the middle of a step", action="SIGTERM")
     ended = execute(START, LOAD, TRAIN.format(name="SIGTERM"), "print('never')", settings=settings)
     record = ended.record
     assert (record["state"], record["stopped_by"], record["exit_code"]) == ("stopped", "SIGTERM", 143)
@@ -76,10 +56,14 @@ def test_sigterm_in_the_middle_of_a_step_ends_it_with_a_checkpoint(
     log = (ended.folder / "logs" / "training.log").read_text()
     line = r"^step +1/400  loss \d+\.\d{4}  lr \d\.\d\de[+-]\d\d  gradient \d+\.\d{3}  \d+ tokens/s  \d+ s, \d+ s left$"
     assert re.search(line, log, re.MULTILINE), log
+    case["happened"] = "the step ended, checkpoint written; recorded as stopped"
 
 
 @pytest.mark.slow
-def test_a_training_whose_supervisor_is_killed_saves_too(settings: dict, project_folder: Path) -> None:
+def test_a_training_whose_supervisor_is_killed_saves_too(
+    settings: dict, project_folder: Path, record_case: Any
+) -> None:
+    case = record_case(what="run", point="the middle of a step", action="`kill -9` of its supervisor")
     write_notebook(PARAMETERS, START, LOAD, TRAIN.format(name="SIGKILL"), "print('never')")
     command = [sys.executable, "-m", "forgekit", "run", "toy.ipynb", "--name", "toy"]
     sets = [f"{name}={value}" for name, value in settings.items()]
@@ -94,3 +78,4 @@ def test_a_training_whose_supervisor_is_killed_saves_too(settings: dict, project
     assert ended.record["stopped_by"] == "the death of its supervisor"
     check_stopped(ended)
     assert ended.statuses() == ["completed", "completed", "failed", "pending"]
+    case["happened"] = "the step ended, checkpoint written; the kernel recorded the end and ended"

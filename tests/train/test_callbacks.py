@@ -2,6 +2,8 @@
 
 import base64
 import json
+import random
+import types
 from pathlib import Path
 from typing import Any
 
@@ -186,3 +188,42 @@ def test_the_curve_ends_with_a_sentence(make_config: Any, monkeypatch: pytest.Mo
     pictures = [base64.b64decode(bundle["image/png"]) for bundle in shown]
     assert all(picture.startswith(b"\x89PNG") for picture in pictures)
     assert shown[-1]["text/plain"] == "Loss curve, 3 points" and pictures[-1] != pictures[0]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that the monotonic clock shows; the time of day jumps about and must not matter."""
+    from forgekit.train import callbacks
+
+    shown = [100.0]
+    hands = types.SimpleNamespace(monotonic=lambda: shown[0], time=lambda: random.uniform(0, 1e9))
+    monkeypatch.setattr(callbacks, "time", hands)
+    return shown
+
+
+def test_the_time_left_counts_steps_and_seconds_since_this_start(clock: list[float]) -> None:
+    from forgekit.train.callbacks import Clock
+
+    watch = Clock()
+    watch.first_step = 10  # resumed there
+    assert watch.eta(10, 30) is None
+    clock[0] += 8.0
+    assert (watch.eta(14, 30), watch.seconds()) == (32.0, 8.0)
+
+
+def test_status_is_written_at_most_once_a_second(
+    clock: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from forgekit.train import callbacks
+
+    written: list[float] = []
+    monkeypatch.setattr(callbacks, "write_json", lambda path, value: written.append(clock[0]))
+    status = callbacks.StatusFile(types.SimpleNamespace(path=tmp_path))  # type: ignore[arg-type]
+    state = types.SimpleNamespace(global_step=0, max_steps=60, epoch=0.0, num_train_epochs=1)
+    status.on_train_begin(None, state, None)
+    for _ in range(28):
+        clock[0] += 0.125
+        status.on_step_end(None, state, None)
+    assert written == [100.0, 101.0, 102.0, 103.0]
+    status.on_train_end(None, state, None)
+    assert len(written) == 5, "the end is always said"

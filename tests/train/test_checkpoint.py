@@ -118,7 +118,9 @@ def check_flushed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     named = events.index(("rename", str(temporary)))
     flushed = {path for kind, path in events[:named] if kind == "flush"}
     assert {str(temporary / name) for name in FILES} | {str(temporary)} <= flushed, "renamed before it was flushed"
-    assert any(Path(path).name.startswith(".manifest.json") for path in flushed)
+    order = [Path(path).name for kind, path in events[:named] if kind == "flush"]
+    (manifest,) = [place for place, name in enumerate(order) if name.startswith(".manifest.json")]
+    assert manifest > max(order.index(name) for name in FILES), "the manifest comes last"
     assert ("flush", str(folder)) in events[named:]
 
 

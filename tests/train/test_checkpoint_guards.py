@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from forgekit.errors import ModelError
+from forgekit.errors import FreshProcessError, ModelError
 from forgekit.run_folder import read_json
 from forgekit.train.exact import SCALE_STEPS, ExactTraining
 from forgekit.train.order import Order
@@ -188,3 +188,22 @@ def test_memory_that_ends_inside_the_optimiser_goes_back_to_the_disk(
     assert failed and trainer.state.global_step == 4
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3, 4]
     assert trainer.checkpoints.resumed.name == "checkpoint-2"
+
+
+def test_under_a_supervisor_a_fresh_process_takes_the_smaller_batch_also_without_a_checkpoint(
+    make_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("forgekit.train.resume.is_supervised", lambda: True)
+    monkeypatch.setenv("FORGEKIT_FAULT", "forward:1:out_of_memory")
+    settings = {"train.per_device_train_batch_size": 4}
+    first = make_run(settings)
+    with pytest.raises(
+        FreshProcessError, match="in step 1 with 4 rows at once; going on with 2 rows .* A fresh process"
+    ):
+        first.train()
+    first.run.finish("failed")
+    monkeypatch.delenv("FORGEKIT_FAULT")
+    again = make_run(settings)
+    assert again.train().global_step == 4
+    assert (again.args.per_device_train_batch_size, again.args.gradient_accumulation_steps) == (2, 2)
+    assert len(read_json(again.run.path / "run.json")["smaller_batches"]) == 1

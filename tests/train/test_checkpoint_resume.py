@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from forgekit.config import Config
 from forgekit.errors import RunError
 from forgekit.run_folder import read_json
 from forgekit.train import saving
@@ -207,6 +208,7 @@ def test_the_clock_saves_too(make_run: Any) -> None:
     seldom = make_run({"train.save_steps": None, "train.save_minutes": None}, "seldom")
     seldom.train()
     assert names(seldom) == ["checkpoint-4"], "before the end"
+    assert Config().train.save_minutes == 5
 
 
 def check_failed_save(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
