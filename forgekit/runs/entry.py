@@ -12,3 +12,17 @@ class ForgekitEngine:
         from .engine import ForgekitEngine
 
         return ForgekitEngine.execute_notebook(*arguments, **options)
+
+    @staticmethod
+    def nb_kernel_name(*arguments: Any) -> str:
+        """Return the kernel that a notebook names, as every engine of papermill does."""
+        from .engine import ForgekitEngine
+
+        return ForgekitEngine.nb_kernel_name(*arguments)
+
+    @staticmethod
+    def nb_language(*arguments: Any) -> str:
+        """Return the language that a notebook names, as every engine of papermill does."""
+        from .engine import ForgekitEngine
+
+        return ForgekitEngine.nb_language(*arguments)
