@@ -68,10 +68,15 @@ BAD = ("raise_at_start", "leave", "Raises", "Sleeps", "Blocks")
 
 
 @pytest.fixture
-def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A module `mine` with the trackers above."""
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A module `mine` with the trackers above; those that a training leaves until Python ends are ended with the test."""
     (tmp_path / "mine.py").write_text(TRACKERS)
     monkeypatch.syspath_prepend(tmp_path)
+    registered: list[Callable[[], None]] = []
+    monkeypatch.setattr(tracking.atexit, "register", registered.append)
+    yield
+    for end in registered:
+        end()
 
 
 @pytest.fixture
