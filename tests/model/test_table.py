@@ -31,7 +31,7 @@ def test_a_model_loaded_without_its_table_on_the_gpu_answers_as_before(
 
     models = {}
     for switch in ("off", "on"):
-        config = make_config({"model.offload_ple": switch, "model.load_in": load_in, "model.engine": "huggingface", "model.id": "tiny"})  # fmt: skip
+        config = make_config({"model.offload_ple": switch, "model.load_in": load_in, "model.device": "cuda", "model.id": "tiny"})  # fmt: skip
         models[switch] = load_model(config)
     plain, lent = models["off"][0], models["on"][0]
     table = lent.model.language_model.embed_tokens_per_layer
