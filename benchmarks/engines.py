@@ -13,8 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from forgekit.files import read_json
 from forgekit.hardware import GIB
-from forgekit.run_folder import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = {

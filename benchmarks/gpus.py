@@ -70,7 +70,8 @@ def measure(options: argparse.Namespace, gpus: int, folder: Path) -> dict[str, A
 
     from forgekit import add_adapter, load_config, load_data, load_model, sft_trainer, start_run
     from forgekit.data.collate import get_tokenizer, tokenize_rows
-    from forgekit.run_folder import find_versions, read_json
+    from forgekit.files import read_json
+    from forgekit.run_folder import find_versions
 
     class Clock(TrainerCallback):
         ends: list[float] = []

@@ -14,8 +14,9 @@ from forgekit.__main__ import main
 from forgekit.arguments import read_assignments, read_seconds
 from forgekit.doctor import BAD, NOTE, OK, Finding
 from forgekit.errors import ConfigError
+from forgekit.files import read_json
 from forgekit.jobs.server import list_options
-from forgekit.run_folder import Run, read_json
+from forgekit.run_folder import Run
 from forgekit.runs import headless
 from forgekit.runs.outcome import Outcome
 from forgekit.runs.session import Session

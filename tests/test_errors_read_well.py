@@ -17,8 +17,8 @@ from forgekit import hardware, load_config, load_data, load_model, load_processo
 from forgekit.config import check_parameters
 from forgekit.errors import ConfigError, DataError, ExportError, ForgekitError, ModelError, RunError
 from forgekit.export import merged
+from forgekit.files import read_json
 from forgekit.hardware import GIB, Hardware
-from forgekit.run_folder import read_json
 
 CPU_ALONE = Hardware("cpu", "CPU, 2 cores", 8 * GIB, True)
 ON_CPU = {"model.load_in": "16bit", "model.device": "cpu", "model.engine": "huggingface"}

@@ -25,6 +25,7 @@ TIERS = (
         "slice_presets",
         "tracker_settings",
         "recipe",
+        "files",
         "run_folder",
         "paths",
         "tokens",

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from forgekit.errors import RunError, RunNameError
-from forgekit.run_folder import read_json
+from forgekit.files import read_json
 from forgekit.run_lock import describe_process, lock_folder
 
 OWNER = """

@@ -21,7 +21,7 @@ from forgekit import load_config, start_run, tokens
 from forgekit.__main__ import main
 from forgekit.errors import ConfigError, ExportError, RunError
 from forgekit.export.push import check_push
-from forgekit.run_folder import open_whole, write_json, write_text
+from forgekit.files import open_whole, write_json, write_text
 from forgekit.runs import headless
 from forgekit.scrub import GONE, SHAPES, hide_homes, remove_known, remove_tokens, scrub
 
@@ -163,10 +163,10 @@ def test_no_byte_of_a_run_holds_a_secret(planted: dict[str, str], capfd: pytest.
 def test_without_the_scrubber_every_secret_is_found(
     planted: dict[str, str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
-    from forgekit import run_folder
+    from forgekit import files, run_folder
 
     monkeypatch.setattr(run_folder, "scrub_files", lambda folder: None)
-    monkeypatch.setattr(run_folder, "choose_cleaning", lambda path: str)
+    monkeypatch.setattr(files, "choose_cleaning", lambda path: str)
     leaks = find_leaks(execute_leaky_notebook(), planted)
     assert leaks.keys() == planted.keys()
     assert all("notebook.ipynb" in files for files in leaks.values())

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Config
 from ..errors import ConfigError, ModelError
+from ..files import write_text
 from ..layer_groups import TOWERS, find_tower
 from ..model.bases import is_base_of
 from ..model.load import choose_unsloth_checkpointing, start_engine
 from ..model.shapes import count_weights, read_shapes
-from ..run_folder import Run, write_text
+from ..run_folder import Run
 from .choose import list_saved, write_targets
 from .names import write_pattern
 from .plan import check_described, check_learner, name_module, plan_layers

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from ..errors import DataError
-from ..run_folder import open_whole
+from ..files import open_whole
 
 IN_MEMORY = 1 << 20  # bytes of rows set aside before they go to a temporary file: a whole file may be bad
 

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..run_folder import open_whole
+from ..files import open_whole
 from ..scrub import remove_known
 from .check import MediaOptions
 from .formats import ToExample

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Config
 from ..errors import ConfigError, DataError, RunError
-from ..run_folder import Run, read_json, shorten_path, write_json
+from ..files import read_json, write_json
+from ..run_folder import Run, shorten_path
 from ..scrub import remove_known
 from .answers import ask_rows
 from .comparison import Comparison, compare_scores

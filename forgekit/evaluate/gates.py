@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, RunError
+from ..files import read_json, write_json
 from ..gate_settings import GATES
-from ..run_folder import DONE, Run, read_json, write_json
+from ..run_folder import DONE, Run
 from .comparison import compare_scores
 from .convergence import judge_losses
 from .scores import Scores, read_scores

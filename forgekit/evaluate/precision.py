@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Config
 from ..errors import ForgekitError
-from ..run_folder import write_json
+from ..files import write_json
 from .loss import RowLosses, measure_loss, sum_losses
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import Config
 from ..data.show import show_turn
 from ..errors import RunError
-from ..run_folder import read_json, write_json
+from ..files import read_json, write_json
 from ..scrub import remove_known
 from .answers import Record, answer_rows, find_partial
 from .fingerprint import digest, fingerprint_model

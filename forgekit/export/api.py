@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config
+from ..files import write_json
 from ..model.shapes import read_config
-from ..run_folder import write_json
 
 ERRORS = {
     "400": "the request is no valid JSON, lacks messages, or exceeds the context",

@@ -7,10 +7,11 @@ from typing import Any
 
 from ..adapter.plan import LayerPlan, describe_rows, group_modules, read_plan
 from ..config import Config
+from ..files import read_json, write_text
 from ..hardware import detect_hardware
 from ..model.load import BUILT_IN, find_model
 from ..model.shapes import read_config
-from ..run_folder import Run, find_versions, read_json, write_text
+from ..run_folder import Run, find_versions
 from .verdict import Verdict
 
 TERMS = """\

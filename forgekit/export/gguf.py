@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config
+from ..files import write_text
 from ..model.load import find_model
-from ..run_folder import write_text
 from .card import TERMS
 from .gguf_metadata import add_metadata
 from .gguf_seal import ALIGNMENT, Seal, add_blank_seal

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..config import Config
 from ..errors import ExportError
-from ..run_folder import write_text
+from ..files import write_text
 from .card import TERMS
 from .gguf import append_tensors, check_room, describe_model, open_merged, start_file
 from .gguf_metadata import add_description

@@ -17,7 +17,7 @@ from ..config import Config
 from ..data.collate import TURN_END, get_tokenizer, render_chats
 from ..data.messages import Messages, get_text, make_message
 from ..errors import ExportError
-from ..run_folder import write_text
+from ..files import write_text
 from .card import TERMS
 from .compare import Reference
 from .gguf import export_gguf

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import ExportError
-from ..run_folder import share_files, shorten_path
+from ..files import share_files
+from ..run_folder import shorten_path
 from .verdict import place_verdict, write_summary
 
 UNVERIFIED = "unverified"

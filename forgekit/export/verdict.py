@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-from ..run_folder import read_json, write_json
+from ..files import read_json, write_json
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from jupyter_scheduler.orm import Job
 from jupyter_scheduler.utils import get_utc_timestamp
 
 from ..errors import ForgekitError, RunError
-from ..run_folder import DONE, read_json
+from ..files import read_json
+from ..run_folder import DONE
 from ..runs.outcome import STOPPED, Outcome
 from ..runs.session import find_package
 from ..scrub import scrub

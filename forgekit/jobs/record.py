@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RunError
-from ..run_folder import find_run_root, read_json, write_json
+from ..files import read_json, write_json
+from ..run_folder import find_run_root
 from ..run_lock import boot_id, describe_process, is_alive, start_time
 from .parameters import check_job, name_run, read_parameters
 

@@ -15,8 +15,9 @@ from typing import Any
 from ..config import Config
 from ..environment import cache_folder
 from ..errors import ModelError
+from ..files import share_files, write_json
 from ..hardware import GIB, free_disk
-from ..run_folder import find_version, share_files, write_json
+from ..run_folder import find_version
 from .load import explain_load_error, find_model
 from .shapes import prepare_libraries
 from .slice_plan import SlicePlan, plan_slice

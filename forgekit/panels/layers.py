@@ -7,7 +7,7 @@ from ..adapter.memory import MemoryEstimate
 from ..adapter.plan import LayerPlan, find_shapes, plan_layers, weight_bytes
 from ..config import Config
 from ..errors import ConfigError
-from ..run_folder import write_text
+from ..files import write_text
 from .memory import describe_memory, find_cards, predict_memory
 from .preview import measure_fixed, preview_plan
 from .selection import make_selection

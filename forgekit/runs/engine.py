@@ -13,7 +13,8 @@ from papermill.engines import Engine, NotebookExecutionManager
 from papermill.exceptions import PapermillExecutionError
 from papermill.iorw import LocalHandler, papermill_io
 
-from ..run_folder import DONE, write_text
+from ..files import write_text
+from ..run_folder import DONE
 from .cells import Client
 from .outcome import FAILED, STOPPED, Outcome
 from .parameters import insert_parameters

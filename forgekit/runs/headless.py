@@ -10,7 +10,8 @@ from typing import Any, TextIO
 from ..config import load_config, read_settings
 from ..environment import set_environment
 from ..recipe import find_recipes
-from ..run_folder import Run, check_name, write_text
+from ..files import write_text
+from ..run_folder import Run, check_name
 from ..scrub import remove_tokens
 from .outcome import Outcome
 from .parameters import find_here, find_parameters

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..link import connect, tell
-from ..run_folder import now, read_json, write_json
+from ..files import read_json, write_json
+from ..run_folder import now
 from .outcome import STOPPED, Outcome
 from .room import free_room
 from .status import close_status

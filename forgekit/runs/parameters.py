@@ -10,7 +10,7 @@ from typing import Any
 from ..config import PARAMETERS, read_settings
 from ..conflicts import suggest
 from ..errors import ConfigError
-from ..run_folder import write_json
+from ..files import write_json
 from ..tokens import refuse_tokens
 
 VARIABLE = "FORGEKIT_PARAMETERS"

@@ -13,7 +13,8 @@ from ..config import Config
 from ..errors import ConfigError, RunNameError
 from ..evaluate.gates import check_gates
 from ..paths import check_inside
-from ..run_folder import DONE, Run, begin_attempt, check_name, explain_disk, find_run_root, now, open_run, read_json
+from ..files import read_json
+from ..run_folder import DONE, Run, begin_attempt, check_name, explain_disk, find_run_root, now, open_run
 from .inside import VARIABLE as SUPERVISED
 from .outcome import FAILED, GATES_FAILED, Outcome
 from .parameters import VARIABLE as PARAMETERS_FILE

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RunError
-from ..run_folder import now, read_json, write_json
+from ..files import read_json, write_json
+from ..run_folder import now
 
 # the names that other programs look for, with the values of a run that has not begun to train
 FIELDS: dict[str, Any] = {

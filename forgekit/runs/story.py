@@ -4,7 +4,8 @@ import html
 from pathlib import Path
 from typing import Any
 
-from ..run_folder import DONE, write_text
+from ..files import write_text
+from ..run_folder import DONE
 from .outcome import Outcome
 
 MARK = "papermill-error-cell-tag"  # papermill takes cells with this tag out when it executes the notebook again

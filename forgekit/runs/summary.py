@@ -9,7 +9,8 @@ from typing import Any
 from ..errors import DataError, RunError
 from ..evaluate.comparison import compare_scores
 from ..evaluate.scores import read_scores
-from ..run_folder import Run, read_json
+from ..files import read_json
+from ..run_folder import Run
 from ..scrub import remove_tokens
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RunError
-from ..run_folder import read_json, write_json
+from ..files import read_json, write_json
 from ..run_lock import LOCK, boot_id, describe_process, is_alive, is_locked, read_owner
 from .job import Job
 

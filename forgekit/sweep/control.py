@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..run_folder import DONE, now, write_json
+from ..files import write_json
+from ..run_folder import DONE, now
 from ..run_lock import is_locked
 from ..runs.outcome import CRASHED, FAILED, GATES_FAILED, STOPPED
 from ..runs.supervise import HUNG, Supervisor

@@ -9,9 +9,10 @@ from typing import Any
 from ..config import Config, flatten, load_config
 from ..errors import ConfigError
 from ..evaluate.metrics import find_metric, name_metrics
+from ..files import finite, read_json
 from ..paths import check_inside
 from ..recipe import find_recipes
-from ..run_folder import DONE, find_run_root, finite, read_json
+from ..run_folder import DONE, find_run_root
 from ..runs.parameters import find_here, find_parameters
 from ..scrub import scrub
 from .file import RECIPE, Sweep, read_sweep

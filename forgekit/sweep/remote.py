@@ -18,7 +18,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..errors import RunError
-from ..run_folder import DONE, read_json
+from ..files import read_json
+from ..run_folder import DONE
 from ..runs.outcome import GATES_FAILED
 from ..runs.session import find_package
 from ..runs.supervise import PARENT, TWICE_SECONDS

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RunError
 from ..evaluate.metrics import find_metric
-from ..run_folder import current_umask, find_run_root, read_json, shorten_path, write_text
+from ..files import current_umask, read_json, write_text
+from ..run_folder import find_run_root, shorten_path
 from ..scrub import scrub
 from .entry import RECORD
 from .plan import HELD_OUT_LOSS, NO_DIFFERENCE, SWEEPS

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RunError
-from ..run_folder import read_json
+from ..files import read_json
 
 LOSS, HELD_OUT_LOSS = "loss", "held_out_loss"
 LOGGED = {"loss": LOSS, "eval_loss": HELD_OUT_LOSS}  # names in metrics.jsonl -> names here

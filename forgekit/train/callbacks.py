@@ -13,8 +13,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerState
 
+from ..files import finite, write_json
 from ..link import tell
-from ..run_folder import Run, finite, now, write_json
+from ..run_folder import Run, now
 from ..scrub import scrub
 
 FIGURE_SECONDS = 0.25  # at most four drawings a second

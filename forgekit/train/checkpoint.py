@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 
 from ..errors import RunError
 from ..faults import strike
-from ..run_folder import now, write_json
+from ..files import write_json
+from ..run_folder import now
 
 MANIFEST = "manifest.json"
 FORMAT = 1

@@ -10,11 +10,12 @@ from ..adapter.plan import TOWER_KINDS, LayerPlan, check_plan_against_data, plan
 from ..config import Config, flatten
 from ..data.collate import Collator
 from ..errors import ConfigError
+from ..files import write_text
 from ..hardware import choose_device
 from ..model.load import start_engine
 from ..model.slice import record_slice
 from ..model.trust import describe_source
-from ..run_folder import Run, describe_settings, write_text
+from ..run_folder import Run, describe_settings
 from ..tracker_settings import check_installed
 from .exact import ExactTraining
 from .identity import identify

@@ -18,7 +18,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..run_folder import Run, finite
+from ..files import finite
+from ..run_folder import Run
 from ..scrub import SECRET_NAME, remove_tokens, scrub
 
 QUEUE_BYTES = 1 << 20  # some thousand steps; Linux's usual limit for a pipe

@@ -19,7 +19,7 @@ from forgekit import (
 )
 from forgekit.errors import ConfigError
 from forgekit.evaluate import answers, baseline
-from forgekit.run_folder import read_json
+from forgekit.files import read_json
 
 from .test_answers import make_rows
 

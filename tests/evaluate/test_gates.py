@@ -11,7 +11,8 @@ import pytest
 from forgekit import check_gates, load_config
 from forgekit.__main__ import main
 from forgekit.evaluate.convergence import judge_losses
-from forgekit.run_folder import Run, read_json, start_run, write_json
+from forgekit.files import read_json, write_json
+from forgekit.run_folder import Run, start_run
 from forgekit.runs import headless
 from forgekit.runs.outcome import Outcome
 from forgekit.runs.parameters import find_here

@@ -11,7 +11,7 @@ from forgekit import evaluate_model, load_model, measure_precisions
 from forgekit.errors import ExportError
 from forgekit.evaluate import precision
 from forgekit.evaluate.precision import TRAINED
-from forgekit.run_folder import read_json
+from forgekit.files import read_json
 
 from .test_answers import make_rows
 

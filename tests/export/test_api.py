@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from forgekit.export.api import describe_api, write_api
-from forgekit.run_folder import read_json
+from forgekit.files import read_json
 
 REQUEST = {
     "model": "orders",

@@ -11,7 +11,8 @@ from forgekit.adapter.plan import plan_layers
 from forgekit.export import card
 from forgekit.export.card import update_gates, write_card, write_value
 from forgekit.export.verdict import Verdict, at_least, at_most
-from forgekit.run_folder import Run, write_json, write_text
+from forgekit.files import write_json, write_text
+from forgekit.run_folder import Run
 
 
 def read_card(folder: Path) -> tuple[dict[str, Any], str]:

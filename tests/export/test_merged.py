@@ -11,7 +11,7 @@ from forgekit.errors import ExportError
 from forgekit.export import changes, merged
 from forgekit.export.changes import LowRank, read_layer
 from forgekit.export.merged import export_merged
-from forgekit.run_folder import read_json
+from forgekit.files import read_json
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"adapter.layers": ["attention", "mlp", "vision", "audio"]},

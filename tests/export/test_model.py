@@ -15,8 +15,8 @@ from forgekit.export import model as module
 from forgekit.export.checks import check_base
 from forgekit.export.formats import FORMATS, find_format
 from forgekit.export.verdict import Verdict, at_least, at_most, read_verdict
+from forgekit.files import read_json
 from forgekit.model.bases import clean_hub_name
-from forgekit.run_folder import read_json
 from forgekit.settings import Export
 
 

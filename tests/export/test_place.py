@@ -7,7 +7,7 @@ import pytest
 
 from forgekit.export.place import check_absent, drafted, remove_export, settle
 from forgekit.export.verdict import Verdict, at_most, place_verdict, read_verdict
-from forgekit.run_folder import read_json
+from forgekit.files import read_json
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:

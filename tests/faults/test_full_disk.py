@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from forgekit.run_folder import read_json
+from forgekit.files import read_json
 from forgekit.train.checkpoint import list_checkpoints, verify_checkpoint
 
 from .breaking import EXACT, ONE, break_and_resume

@@ -87,10 +87,10 @@ MUTANTS = {
         "test_run_lock.py::test_without_flock_the_owners_number_start_and_boot_decide[change1-True]", "is in use",
     ),
     "whole files": Mutant(
-        "a run's files are written beside their place", "run_folder.py",
+        "a run's files are written beside their place", "files.py",
         "    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f\".{path.name}.\")",
         "    temporary = path\n    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)",
-        "test_run_folder.py::test_a_write_that_fails_leaves_the_old_file_and_no_rest[os.fsync]", "Error",
+        "test_files.py::test_a_write_that_fails_leaves_the_old_file_and_no_rest[os.fsync]", "Error",
     ),
     "honest notebook": Mutant(
         "cells that never ran are not marked as completed", "runs/engine.py",

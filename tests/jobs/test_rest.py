@@ -8,7 +8,7 @@ from typing import Any
 import nbformat
 import pytest
 
-from forgekit.run_folder import read_json
+from forgekit.files import read_json
 
 from .conftest import START, Server, wait_for, write_notebook
 

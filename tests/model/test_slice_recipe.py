@@ -70,7 +70,7 @@ def test_a_slice_trains_and_the_run_s_record_names_it(make_sliced: Callable) -> 
     import math
 
     from forgekit import add_adapter, load_data, sft_trainer, start_run
-    from forgekit.run_folder import read_json
+    from forgekit.files import read_json
 
     config = make_sliced(HALF, **{"train.max_steps": 2})
     run = start_run(config, "cut")

@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 COMPARE = "04_compare_runs"  # reads what others have made
 TRAINING = [path for path in NOTEBOOKS if path.stem != COMPARE]
+COMPARE = "04_compare_runs"  # reads what others have made
+TRAINING = [path for path in NOTEBOOKS if path.stem != COMPARE]
 SIX = ["Data", "Model", "Adapter", "Train", "Evaluate", "Export"]
 # two folders deep and from the root; a web address or a closing tag does not look like that
 ABSOLUTE = re.compile(r"(?<![\w.<~/])/[A-Za-z][\w.-]*/[\w.-]+|[A-Z]:\\\w")
@@ -21,7 +23,10 @@ LARGEST = 400_000  # bytes of stored outputs
 
 PARAMETERS = {COMPARE: [("sweep", "str"), ("runs", "str")]}
 
+PARAMETERS = {COMPARE: [("sweep", "str"), ("runs", "str")]}
+
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+every_training = pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.stem)
 every_training = pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.stem)
 
 

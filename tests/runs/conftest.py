@@ -10,7 +10,7 @@ import nbformat
 import psutil
 import pytest
 
-from forgekit.run_folder import read_json
+from forgekit.files import read_json
 from forgekit.runs.headless import run_notebook
 
 PARAMETERS = 'recipe: str = ""\nsettings: dict = {}\nrun_name: str = ""'

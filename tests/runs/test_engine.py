@@ -15,7 +15,7 @@ import pytest
 from papermill.engines import papermill_engines
 
 from forgekit.errors import ConfigError
-from forgekit.run_folder import read_json
+from forgekit.files import read_json
 from forgekit.runs import engine
 from forgekit.runs.engine import ForgekitEngine
 from forgekit.runs.headless import run_notebook

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from forgekit.run_folder import read_json
+from forgekit.files import read_json
 
 from .conftest import LOAD, START, Ended
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from forgekit.run_folder import read_json, write_json
+from forgekit.files import read_json, write_json
 from forgekit.runs.status import close_status, open_status
 
 NAMES = (

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from forgekit.errors import RunNameError
-from forgekit.run_folder import read_json
+from forgekit.files import read_json
 from forgekit.run_lock import lock_folder
 from forgekit.runs import supervise
 from forgekit.runs.supervise import Supervisor

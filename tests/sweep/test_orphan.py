@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from forgekit.run_folder import read_json
+from forgekit.files import read_json
 from forgekit.run_lock import is_locked
 from forgekit.runs.supervise import PARENT, Supervisor
 

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from forgekit.run_folder import write_json
+from forgekit.files import write_json
 from forgekit.run_lock import boot_id
 from forgekit.sweep import remote
 from forgekit.sweep.claim import CLAIM, Claim, find_folder, order

@@ -11,7 +11,8 @@ import pytest
 
 from forgekit import add_adapter, load_config, load_data, load_model, sft_trainer, start_run
 from forgekit.errors import ModelError
-from forgekit.run_folder import Run, read_json
+from forgekit.files import read_json
+from forgekit.run_folder import Run
 
 FIELDS = {
     "running", "step", "total_steps", "epoch", "total_epochs", "loss", "learning_rate", "eta_seconds", "started_at",

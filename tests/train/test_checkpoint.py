@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from forgekit.errors import RunError
-from forgekit.run_folder import read_json
+from forgekit.files import read_json
 from forgekit.train import checkpoint
 from forgekit.train.checkpoint import NEEDED, find_newest, list_checkpoints, rotate, verify_checkpoint, write_whole
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from forgekit.errors import FreshProcessError, ModelError
-from forgekit.run_folder import read_json
+from forgekit.files import read_json
 from forgekit.train.exact import SCALE_STEPS, ExactTraining
 from forgekit.train.order import Order
 

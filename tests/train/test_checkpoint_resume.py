@@ -10,7 +10,7 @@ import torch
 
 from forgekit.config import Config
 from forgekit.errors import RunError
-from forgekit.run_folder import read_json
+from forgekit.files import read_json
 from forgekit.train import saving
 from forgekit.train.checkpoint import list_checkpoints, rotate, verify_checkpoint
 from forgekit.train.resume import choose_checkpoint

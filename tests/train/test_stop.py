@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from forgekit import add_adapter, load_data, load_model, sft_trainer, start_run
-from forgekit.run_folder import read_json
+from forgekit.files import read_json
 from forgekit.train import stop
 from forgekit.train.stop import StopSwitch, catch_interrupt
 

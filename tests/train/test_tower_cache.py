@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from forgekit import add_adapter, load_data, load_model, sft_trainer, start_run
-from forgekit.run_folder import read_json
+from forgekit.files import read_json
 from forgekit.train.tower_cache import TIMED, TowerCache, cache_towers, make_keys
 
 PICTURES = {"data.path": "sample:digits", "data.validation": 4, "data.test": 4}
