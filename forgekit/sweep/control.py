@@ -6,30 +6,33 @@ source ──point──> waiting ──backend has room──> running ──> 
                                                     └──> pruned (weaker than others), stopped (with the sweep)
 """
 
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import ConfigError, RunError
 from ..files import write_json
 from ..run_folder import DONE, now
 from ..run_lock import is_locked
 from ..runs.outcome import CRASHED, FAILED, GATES_FAILED, STOPPED
-from ..runs.supervise import HUNG, Supervisor
+from ..runs.supervise import Supervisor
 from ..scrub import scrub
 from .board import Board
-from .entry import FINAL, LOST, PRUNED, RECORD, REFUSED, RUNNING, WAITING, Entry
-from .job import Backend, End
+from .ends import GATES_CODE, TERMINATED, USAGE_CODE, is_accident
+from .entry import FINAL, LOST, PRUNED, RECORD, REFUSED, RUNNING, WAITING, Entry, describe_runs
+from .job import Backend, End, Job, stop_all
 from .plan import Plan, read_state
 from .results import write_results
 from .source import Source
 from .watch import Watch, read_if_there, read_score
 
-USAGE_CODE, GATES_CODE = 2, 3
-KILLED = 128 + signal.SIGKILL
 LOSSES = 5  # machines that one run may lose; it is not the run's fault, but a run that kills machines has to end
 TICK_SECONDS, LOOK_SECONDS = 0.2, 1.0
+START_SECONDS, START_TRIES = (
+    30.0,
+    5,
+)  # between two tries of a backend that takes no run, and how many while nothing runs
 
 
 @dataclass
@@ -50,6 +53,9 @@ class Control:
     hurried: bool = False
     looked: float = 0.0
     changed: bool = False  # a run has ended since the results were written
+    unasked: list[str] = field(default_factory=list)  # runs that could not be told to stop, and are asked again
+    refusals: int = 0  # starts that the backend could not make, one after the other
+    start_at: float = 0.0  # no start before then (monotonic seconds)
 
     def run(self) -> int:
         """Run everything; SIGTERM, Ctrl-C and a hang-up stop all runs with checkpoints."""
@@ -71,40 +77,84 @@ class Control:
         """Do what there is to do now; return whether there will be more."""
         self.collect()
         if self.asked.stop:
-            self.stop_all()
+            self.stop_runs()
         else:
             self.start_all()
         if time.monotonic() - self.looked >= LOOK_SECONDS:
             self.look()
         busy = (RUNNING,) if self.asked.stop else (RUNNING, WAITING)
+        if not self.asked.stop and self.source.left():
+            return True
         return any(entry.state in busy for entry in self.entries.values())
 
     # ---- starting ---------------------------------------------------------------------------------------------------
 
     def start_all(self) -> None:
         """Start runs as long as the backend has room."""
-        while self.backend.free() > 0:
+        while time.monotonic() >= self.start_at and self.backend.free() > 0:
             entry = self.next_entry()
             if entry is None:
                 return
-            entry.attempts += 1
-            self.change(entry, RUNNING)
-            self.backend.start(self.plan.make_job(entry.point, self.has_gpu))
+            try:
+                job = self.plan.make_job(entry.point, self.has_gpu)
+            except ConfigError as error:  # of a search the corners were checked, not every point that it may draw
+                entry.reason = str(error)
+                self.settle(entry, REFUSED)
+                continue
+            self.start(entry, job)
+
+    def start(self, entry: Entry, job: Job) -> None:
+        """Start one run. A backend that cannot is asked again later; raises RunError when that does not help."""
+        try:
+            self.backend.start(job)
+        except RunError as error:
+            entry.refused += 1
+            self.refusals += 1
+            if self.refusals >= START_TRIES and not any(self.find(RUNNING)):
+                raise
+            self.start_at = time.monotonic() + START_SECONDS
+            if entry.refused == 1:
+                self.change(entry, WAITING, f"{error} It is tried again every {START_SECONDS:.0f} s.")
+            return
+        self.refusals = 0
+        entry.attempts += 1
+        self.change(entry, RUNNING)
 
     def next_entry(self) -> Entry | None:
-        """Return the run to start next: one that waits and whose folder nobody has, else the source's next point."""
-        for entry in self.find(WAITING):
+        """Return the run to start next: one that waits and whose folder nobody has, else the source's next point.
+
+        What the backend could not start comes last, so that it holds up nobody else.
+        """
+        refused = [entry for entry in self.find(WAITING) if entry.refused]
+        return (
+            self.find_free([entry for entry in self.find(WAITING) if not entry.refused])
+            or self.take_point()
+            or self.find_free(sorted(refused, key=lambda entry: entry.refused))
+        )
+
+    def find_free(self, entries: list[Entry]) -> Entry | None:
+        """Return the first whose folder no other process has; each is looked at once a second, which another may notice."""
+        for entry in entries:
+            if time.monotonic() - entry.probed < LOOK_SECONDS:
+                continue
+            entry.probed = time.monotonic()
             if not is_locked(entry.watch.folder):
                 # meanwhile a run that was left over from another sweep may have come to its end
-                if read_state(entry.watch.folder) != DONE:
+                ended = self.read_ended(entry)
+                if ended is None:
                     return entry
-                self.settle(entry, DONE)
+                self.settle(entry, ended)
+        return None
+
+    def take_point(self) -> Entry | None:
+        """Return the source's next point that is to be run and whose folder nobody has."""
         while (point := self.source.take()) is not None:
             entry = self.entries[point.name] = Entry(point, Watch(self.plan.root / point.name))
             kept = self.find_kept(entry)
             if kept:
                 self.keep(entry, kept)
             elif is_locked(entry.watch.folder):
+                entry.probed = time.monotonic()
                 self.board.say(f"{point.name}  waits: another process still has its folder")
             else:
                 return entry
@@ -113,12 +163,18 @@ class Control:
     def find_kept(self, entry: Entry) -> str | None:
         """Return the state of a run that needs nothing more, or None."""
         name = entry.point.name
-        if read_state(entry.watch.folder) == DONE:
-            return DONE
+        ended = self.read_ended(entry)
+        if ended:
+            return ended
         if self.source.pruned(name):
             return PRUNED
         state = self.before.get(name, {}).get("state")
         return state if state in FINAL and state not in (DONE, PRUNED) and not self.only_missing else None
+
+    def read_ended(self, entry: Entry) -> str | None:
+        """Return the end that a run's own record tells, also when a sweep was killed before it heard of it, or None."""
+        state = read_state(entry.watch.folder)
+        return state if state == DONE or state == GATES_FAILED and not self.only_missing else None
 
     def keep(self, entry: Entry, state: str) -> None:
         """Take a run's end over from before."""
@@ -138,7 +194,11 @@ class Control:
         record = read_if_there(entry.watch.folder / "run.json")
         entry.reason = record.get("error") or end.reason
         told = {0: DONE, USAGE_CODE: REFUSED, GATES_CODE: GATES_FAILED}
-        if end.code in told:
+        if end.code == USAGE_CODE and is_locked(entry.watch.folder):
+            entry.attempts -= 1
+            entry.probed = time.monotonic()
+            self.change(entry, WAITING, "another process was faster, and has its folder")
+        elif end.code in told:
             if end.code == USAGE_CODE:
                 entry.reason = self.read_last_words(entry)
             self.settle(entry, told[end.code])
@@ -154,6 +214,8 @@ class Control:
             self.change(entry, WAITING, f"{entry.reason or f'exit code {end.code}'}; goes on from its last checkpoint")
         else:
             known = next((state for state in (STOPPED, CRASHED) if state == record.get("state")), FAILED)
+            if end.code == TERMINATED and known == FAILED:
+                known = STOPPED  # before the run could write anything
             entry.reason = entry.reason or self.read_last_words(entry)
             self.settle(entry, LOST if end.code is None else known)
 
@@ -177,7 +239,7 @@ class Control:
         told += [words] if words else [entry.reason] if entry.reason else []
         self.change(entry, state, "; ".join(told))
 
-    def stop_all(self) -> None:
+    def stop_runs(self) -> None:
         """Ask every run to stop, once; a second signal asks again, which ends them at once."""
         hurry = self.asked.hurry and not self.hurried
         if self.asked.told and not hurry:
@@ -186,8 +248,14 @@ class Control:
         running = list(self.find(RUNNING))
         assert self.asked.stop is not None
         self.board.say(f"{self.asked.stop.by}: {len(running)} running are asked to save and stop")
-        for entry in running:
-            self.backend.stop(entry.point.name)
+        self.ask([entry.point.name for entry in running])
+
+    def ask(self, names: list[str]) -> None:
+        """Ask runs to stop; those that cannot be told now are asked again a second later."""
+        left = stop_all(names, self.backend.stop)
+        for name in set(left) - set(self.unasked):
+            self.board.say(f"{name}  cannot be told to stop now, and is asked again")
+        self.unasked = [*(name for name in self.unasked if name not in names), *left]
 
     # ---- while they run ---------------------------------------------------------------------------------------------
 
@@ -196,6 +264,7 @@ class Control:
         self.looked = time.monotonic()
         search = self.plan.sweep.search
         by = search.prune.by if search and search.prune else None
+        self.ask([name for name in self.unasked if self.entries[name].state == RUNNING])
         for entry in self.find(RUNNING):
             entry.watch.read()
             curve = entry.watch.curves[by] if by else {}
@@ -206,7 +275,7 @@ class Control:
                     self.board.say(
                         f"{entry.point.name}  is ended at step {step}: {by} {curve[step]:.4f} is not among the best"
                     )
-                    self.backend.stop(entry.point.name)
+                    self.ask([entry.point.name])
         if self.changed:
             self.compare()
         self.board.draw(self.entries.values())
@@ -226,14 +295,9 @@ class Control:
 
     def save(self, over: bool = False) -> None:
         """Write sweep.json; a full disk is no reason to lose the sweep."""
-        states = [entry.state for entry in self.entries.values()]
-        ended = DONE if all(state in (DONE, PRUNED) for state in states) else FAILED
-        record = self.plan.describe() | {
-            "state": RUNNING if not over else STOPPED if self.asked.stop else ended,
-            "started_at": self.began,
-            "updated_at": now(),
-            "runs": [entry.describe() for entry in self.entries.values()],
-        }
+        state = RUNNING if not over else STOPPED if self.asked.stop else DONE if self.is_complete() else FAILED
+        times = {"started_at": self.began, "updated_at": now()}
+        record = self.plan.describe() | {"state": state, **times, "runs": describe_runs(self.entries, self.before)}
         try:
             write_json(self.plan.folder / RECORD, record, scrub)
         except OSError as error:
@@ -244,19 +308,15 @@ class Control:
         self.changed = False
         try:
             write_results(self.plan.folder)
-        except OSError as error:
-            self.board.say(f"the results cannot be written: {error.strerror}")
+        except Exception as error:  # noqa: BLE001  # whatever it is: hours of runs must not end for a table
+            self.board.say(f"the results cannot be written: {type(error).__name__}: {error}")
 
     def exit_code(self) -> int:
         """Return 0 when every run completed or was ended early, 128 + n after signal n, else 1."""
         if self.asked.stop and self.asked.stop.number:
             return 128 + self.asked.stop.number
-        return 0 if all(entry.state in (DONE, PRUNED) for entry in self.entries.values()) else 1
+        return 0 if self.is_complete() else 1
 
-
-def is_accident(end: End, record: dict[str, Any]) -> bool:
-    """Say whether a run may go on: it failed, crashed, hung, or its process was killed, and nobody asked it to stop."""
-    if end.code is None:
-        return False
-    hung = str(record.get("stopped_by", "")).startswith(HUNG)
-    return record.get("state") != STOPPED or hung or end.code == KILLED
+    def is_complete(self) -> bool:
+        """Say whether every point was run to its end, or ended because others did better."""
+        return not self.source.left() and all(entry.state in (DONE, PRUNED) for entry in self.entries.values())

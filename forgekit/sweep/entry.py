@@ -1,10 +1,12 @@
 """One run of a sweep, in the states that sweep.json tells."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..run_folder import DONE
-from ..runs.outcome import CRASHED, FAILED, GATES_FAILED
+from ..runs.outcome import CRASHED, FAILED, GATES_FAILED, STOPPED
 from .points import Point
 from .watch import Watch
 
@@ -26,6 +28,8 @@ class Entry:
     reason: str | None = None
     weak: bool = False  # was asked to end because others did better
     told: int = 0  # the last step that the source has heard of
+    refused: int = 0  # how often the backend could not start it
+    probed: float = -math.inf  # when its folder was last looked at for another process (monotonic seconds)
 
     def describe(self) -> dict[str, Any]:
         """Return what sweep.json holds of it."""
@@ -36,3 +40,13 @@ class Entry:
             "attempts": self.attempts,
             "reason": self.reason,
         }
+
+
+def describe_runs(entries: Mapping[str, Entry], before: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what sweep.json holds of all runs: those of this call, then those that it has not come to yet.
+
+    `before` is what an earlier call told of each; none of its runs goes on now.
+    """
+    runs = [entry.describe() for entry in entries.values()]
+    rest = [run for name, run in before.items() if name not in entries]
+    return runs + [run | ({"state": STOPPED} if run["state"] == RUNNING else {}) for run in rest]

@@ -1,8 +1,11 @@
 """What a sweep and a backend say to each other: one job is one supervised headless run with a folder of its own."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
+
+from ..errors import RunError
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,21 @@ class Backend(Protocol):
         """Return the jobs that have ended since the last call, by name."""
 
     def stop(self, name: str) -> None:
-        """Ask a job to end as SIGTERM does: it saves a checkpoint. Its end comes by `poll`."""
+        """Ask a job to end as SIGTERM does: it saves a checkpoint. Its end comes by `poll`.
+
+        Raises RunError when it cannot be told now, for instance because the disk is full.
+        """
 
     def close(self) -> None:
         """Let go of the place; jobs that still run are asked to stop and waited for."""
+
+
+def stop_all(names: Iterable[str], stop: Callable[[str], None]) -> list[str]:
+    """Ask jobs to end; return those that could not be told, to be asked again."""
+    left = []
+    for name in names:
+        try:
+            stop(name)
+        except RunError:
+            left.append(name)
+    return left

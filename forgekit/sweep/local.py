@@ -90,6 +90,8 @@ class Local:
         """Start one job on the GPUs that the fewest others use. Raises RunError when it cannot be started."""
         used = Counter(device for _, devices in self.running.values() for device in devices)
         devices = tuple(sorted(self.devices, key=lambda device: used[device])[: job.gpus])
+        if len(devices) < job.gpus:
+            raise RunError(f"run {job.name} needs {job.gpus} GPUs, and this machine shows {len(self.devices)}.")
         environment = os.environ | {PARENT: str(self.theirs), VISIBLE: ",".join(devices), **find_package()}
         if self.slots > 1:
             environment.setdefault(THREADS, str(max(1, cpu_count() // self.slots)))

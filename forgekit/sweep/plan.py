@@ -66,14 +66,15 @@ class Plan:
         settings = self.sweep.settings | {name: value for name, value in point.items() if name != RECIPE}
         return recipes, config.change(find_here(settings), self.file.name)
 
-    def count_gpus(self) -> int | None:
-        """Return how many GPUs each run takes where there are any; None: a search has not said yet."""
+    def count_gpus(self) -> int:
+        """Return how many GPUs each run takes where there are any; of a search the most that a corner of it takes."""
         if self.sweep.gpus is not None:
             return self.sweep.gpus
-        configs = [self.load(point.settings)[1] for point in self.points]
-        if configs and all(config.model.device == "cpu" for config in configs):
+        settings = [point.settings for point in self.points] or list_corners(self.sweep)
+        configs = [self.load(point)[1] for point in settings]
+        if all(config.model.device == "cpu" for config in configs):
             return 0
-        return max((config.train.gpus for config in configs), default=None)
+        return max(config.train.gpus for config in configs)
 
     def make_job(self, point: Point, has_gpu: bool) -> Job:
         """Return what a backend starts for a point; `has_gpu` says whether its machines have any."""
@@ -168,9 +169,9 @@ def add_names(problem: str, names: list[str], total: int) -> str:
 def list_corners(sweep: Sweep) -> list[dict[str, Any]]:
     """Return points of a search that stand for all: every bound and every choice appears in one of them."""
     assert sweep.search is not None
-    ranges = sweep.search.space
-    most = max(len(place.values) for place in ranges.values())
-    return [{name: place.values[i % len(place.values)] for name, place in ranges.items()} for i in range(most)]
+    marks = {name: place.list_marks() for name, place in sweep.search.space.items()}
+    most = max(map(len, marks.values()))
+    return [{name: values[i % len(values)] for name, values in marks.items()} for i in range(most)]
 
 
 def find_objective(sweep: Sweep, configs: list[Config]) -> tuple[str, bool]:

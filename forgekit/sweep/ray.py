@@ -18,7 +18,7 @@ from typing import Any
 
 from ..errors import RunError
 from .claim import LOST_SECONDS, find_folder, order, read_claim
-from .job import End, Job
+from .job import End, Job, stop_all
 from .remote import NOT_BEGUN, Attempt
 
 TICK_SECONDS = 0.2
@@ -84,9 +84,12 @@ class Ray:
         self.running[job.name] = (job, attempt, task)
 
     def free(self) -> int:
-        """Return how many more runs the living nodes have room for, beside this sweep's own."""
+        """Return how many more runs the living nodes have room for, beside this sweep's own.
+
+        While nothing runs it is one at least, so that `start` says why no node can run it, or Ray waits for a node.
+        """
         slots = self.slots or sum(count_room(node, self.cpus, self.gpus) for node in self.nodes())
-        return max(0, slots - len(self.running))
+        return max(0 if self.running else 1, slots - len(self.running))
 
     def poll(self) -> dict[str, End]:
         """Return the jobs that have ended since the last call."""
@@ -115,16 +118,16 @@ class Ray:
         if name not in self.running:
             return
         job, attempt, task = self.running[name]
+        order(job, attempt, self.asked[name] + 1)
         self.asked[name] += 1
-        order(job, attempt, self.asked[name])
         if (read_claim(find_folder(job)) or {}).get("attempt") != attempt:  # no node has begun with it
             self.ray.cancel(task)  # one that began in this moment hears it as SIGINT and stops as ordered
 
     def close(self) -> None:
         """Stop what still runs, wait for it, and leave the cluster, which goes on."""
-        for name in list(self.running):
-            self.stop(name)
+        left = list(self.running)
         while self.running:
+            left = stop_all(left, self.stop)
             self.ended |= self.poll()
             time.sleep(TICK_SECONDS)
         self.ray.shutdown()

@@ -58,10 +58,18 @@ def run_sweep(
         control = Control(plan, place, source, board, plan.sweep.retries, only_missing, has_gpu)
         code = control.run()
         board.end()
-        board.print(f"\n{read_results(plan.folder)!r}\n\nResults: {plan.folder / 'results.csv'}, .parquet, .png")
+        board.print(f"\n{describe_results(plan)}")
         return code
     finally:
         lock.close()
+
+
+def describe_results(plan: Plan) -> str:
+    """Return the comparison and where it stands; what is wrong with it must not hide how the runs ended."""
+    try:
+        return f"{read_results(plan.folder)!r}\n\nResults: {plan.folder / 'results.csv'}, .parquet, .png"
+    except Exception as error:  # noqa: BLE001  # the exit code tells of the runs, not of their table
+        return f"The results cannot be read: {type(error).__name__}: {error}"
 
 
 def show_plan(file: Path) -> str:

@@ -3,15 +3,17 @@
 The study is an SQLite file in the sweep's folder, so a sweep that was broken off goes on with the same points.
 """
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .plan import Plan
+from ..run_folder import DONE
+from .plan import Plan, read_state
 from .points import Point
 
-STORAGE = "search.db"
+STORAGE, DEFINITION = "search.db", "definition"
 
 
 class OptunaSearch:
@@ -25,7 +27,7 @@ class OptunaSearch:
         folder.mkdir(parents=True, exist_ok=True)
         self.study = self.open_study(folder / STORAGE)
         self.before = self.list_trials()  # of a sweep that was broken off, or of one that came to its end
-        self.check_space()
+        self.check_same()
         self.weak = {self.name(t.number) for t in self.before if t.state == self.optuna.trial.TrialState.PRUNED}
         self.open: dict[str, Any] = {}
 
@@ -56,8 +58,41 @@ class OptunaSearch:
         """Return all trials of the study, in their order."""
         return self.study.get_trials(deepcopy=False)
 
+    def check_same(self) -> None:
+        """Raise ConfigError when the study, or one of its completed runs, was made from another file than this one."""
+        self.check_space()
+        now = self.describe()
+        made = self.study.user_attrs.get(DEFINITION)
+        if made is None:
+            self.study.set_user_attr(DEFINITION, now)
+            made = now
+        changed = [name for name in now if made.get(name) != now[name]]
+        problems = [f"{name} was {json.dumps(made.get(name))}, and is {json.dumps(now[name])} now" for name in changed]
+        try:
+            # a sweep that was killed while it drew leaves a trial without all of its values
+            drawn = [trial for trial in self.before if set(self.search.space) <= set(trial.params)]
+            points = [self.make_point(trial) for trial in drawn] if not changed else []
+        except ValueError as error:  # Optuna's: a value that was drawn does not lie in the space
+            points, problems = [], [str(error)]
+        for point in points:
+            if read_state(self.plan.root / point.name) == DONE:
+                problems += [f"run {point.name}: {words}" for words in self.plan.check_same(point)]
+        if problems:
+            raise ConfigError(
+                f"the search {self.plan.sweep.name!r} has begun with other settings: {'; '.join(problems)}. "
+                "Give the sweep another name."
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """Return what all trials of a study have in common; how many there are, and which end early, may change."""
+        sweep = self.plan.sweep
+        space = {name: {place.kind: place.values} for name, place in self.search.space.items()}
+        found = {"notebook": sweep.notebook, "recipe": sweep.recipe, "settings": sweep.settings, "space": space}
+        # as it comes back from the study's file
+        return json.loads(json.dumps(found | {"score": self.plan.score, "maximize": self.plan.maximize}, default=str))
+
     def check_space(self) -> None:
-        """Raise ConfigError when the study has learned from another space or by another score."""
+        """Raise ConfigError when the study has learned from other settings or in the other direction."""
         direction = "maximize" if self.plan.maximize else "minimize"
         names = {name for trial in self.list_trials() for name in trial.params}
         if self.study.direction.name.lower() != direction or (names and names != set(self.search.space)):
@@ -84,9 +119,17 @@ class OptunaSearch:
             self.open[self.name(trial.number)] = trial
         else:
             return None
+        return self.make_point(trial)
+
+    def make_point(self, trial: Any) -> Point:
+        """Return a trial's point. Raises ValueError when it was drawn from another space."""
         return Point(
             self.name(trial.number), {name: place.ask(name, trial) for name, place in self.search.space.items()}
         )
+
+    def left(self) -> bool:
+        """Say whether there are earlier trials to take up, or new ones to draw."""
+        return bool(self.before) or len(self.list_trials()) < self.search.runs
 
     def pruned(self, name: str) -> bool:
         """Say whether a run was ended early."""

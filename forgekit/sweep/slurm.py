@@ -10,6 +10,7 @@ plugins signal, nor its times of grace, nor how soon sacct knows. Slurm's accoun
 that dies without a word is never missed.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from typing import Any
 from ..errors import RunError
 from ..runs.session import find_package
 from .claim import FOLDER, LOST_SECONDS, order
-from .job import End, Job
+from .job import End, Job, stop_all
 from .remote import NOT_BEGUN, STOPPED, Attempt
 
 TICK_SECONDS = 0.5
@@ -30,6 +31,7 @@ LOOK_SECONDS = 1.0  # between looks at a shared folder, a few requests a job eac
 RESULT_SECONDS = 30.0  # until a result that was written on another machine is seen here
 REQUEUE_SECONDS = 600.0  # sacct says PREEMPTED also of a job that Slurm is about to requeue
 VERDICT_SECONDS = 600.0  # from a SIGTERM of Slurm's to the SIGKILL that follows: KillWait, or a partition's GraceTime
+CANCEL_SECONDS = 30.0  # for an answer of scancel
 WARNING_SECONDS = 180  # before the time limit; twice the default grace period and two long steps find room in it
 
 
@@ -171,17 +173,20 @@ class Slurm:
         if name not in self.running:
             return
         one = self.running[name]
+        order(one.job, one.attempt, one.asked + 1)
         one.asked += 1
-        order(one.job, one.attempt, one.asked)
         if self.cluster == "slurm":
             # without a signal's name, scancel would leave a running job KillWait, 30 seconds, for its checkpoint
-            subprocess.run(["scancel", "--state=PENDING", one.submitted.job_id], capture_output=True)
+            command = ["scancel", "--state=PENDING", one.submitted.job_id]
+            # when Slurm does not answer, a job that still waits reads the order as soon as it begins
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                subprocess.run(command, capture_output=True, timeout=CANCEL_SECONDS)
 
     def close(self) -> None:
         """Stop what is still there, and wait for it."""
-        for name in list(self.running):
-            self.stop(name)
+        left = list(self.running)
         while self.running:
+            left = stop_all(left, self.stop)
             self.ended |= self.poll()
             time.sleep(TICK_SECONDS)
 
@@ -215,7 +220,8 @@ class Submitted:
         try:
             return self.submitted.result()
         except RuntimeError as error:  # submitit's; the traceback stands between two lines of dashes
-            return End(1, str(error).rsplit("-" * 22, 1)[0].strip("- \n").splitlines()[-1])
+            told = str(error).rsplit("-" * 22, 1)[0].strip("- \n").splitlines()
+            return End(1, told[-1] if told else f"the job failed without a word; see {self.submitted.paths.stdout}")
 
     def read_state(self, state: str) -> End:
         """Return the end of a job that left no result; a machine's failure and a time limit are no fault of the run's."""

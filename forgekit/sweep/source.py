@@ -13,6 +13,9 @@ class Source(Protocol):
     def take(self) -> Point | None:
         """Return the next point, or None when there is none now."""
 
+    def left(self) -> bool:
+        """Say whether `take` still has points to give; the sweep is not over before."""
+
     def pruned(self, name: str) -> bool:
         """Say whether a run was ended early, now or in a sweep before this one."""
 
@@ -32,6 +35,10 @@ class Listed:
     def take(self) -> Point | None:
         """Return the next point of the list."""
         return self.points.popleft() if self.points else None
+
+    def left(self) -> bool:
+        """Say whether some of the list have not been taken."""
+        return bool(self.points)
 
     def pruned(self, name: str) -> bool:
         """Nothing was."""

@@ -22,6 +22,13 @@ class Range:
     kind: Literal["uniform", "log_uniform", "integers", "choices"]
     values: tuple[Any, ...]  # low and high, or the choices
 
+    def list_marks(self) -> tuple[Any, ...]:
+        """Return values that stand for all: the bounds or choices, and a number between that is no whole one."""
+        if self.kind not in ("uniform", "log_uniform"):
+            return self.values
+        low, high = self.values
+        return (low, high, low + (high - low) / math.e)
+
     def draw(self, generator: random.Random) -> Any:
         """Return one value."""
         if self.kind == "choices":

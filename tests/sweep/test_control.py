@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 from forgekit.__main__ import main
-from forgekit.errors import ConfigError, RunNameError
+from forgekit.errors import ConfigError, RunError, RunNameError
 from forgekit.run_lock import is_locked, lock_folder
-from forgekit.sweep.job import End
+from forgekit.sweep.job import End, Job
 from forgekit.sweep.local import Local
 
 from .conftest import FAKE, NAMES, RATES, read_record, read_started, read_states, write_sweep
@@ -66,6 +66,8 @@ def test_runs_on_two_gpus_each_and_more_than_there_are(monkeypatch: pytest.Monke
     assert [Local(gpus=gpus).slots for gpus in (None, 1, 2, 3, 0)] == [4, 4, 2, 1, 1]
     with pytest.raises(ConfigError, match="each run needs 5 GPUs, and this machine shows 4"):
         Local(gpus=5)
+    with pytest.raises(RunError, match="run wide needs 5 GPUs, and this machine shows 4"):
+        Local().start(Job("wide", Path(), (), Path(), gpus=5))
 
 
 # ---- retries and what is kept ----------------------------------------------------------------------------------------

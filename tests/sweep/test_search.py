@@ -11,7 +11,9 @@ import pytest
 
 from forgekit.errors import ConfigError
 from forgekit.sweep import search
-from forgekit.sweep.plan import plan_sweep
+from forgekit.sweep.job import Job
+from forgekit.sweep.plan import Plan, plan_sweep
+from forgekit.sweep.points import Point
 from forgekit.sweep.run import show_plan
 
 from .conftest import read_record, read_started, read_states, write_sweep
@@ -131,3 +133,85 @@ def test_without_optuna_the_extra_is_named(sweep: Sweep, monkeypatch: pytest.Mon
     monkeypatch.setitem(__import__("sys").modules, "optuna", None)
     with pytest.raises(ConfigError, match=r"pip install 'forgekit\[search\]'"):
         search.import_optuna()
+
+
+# ---- points that cannot be run, files that changed -------------------------------------------------------------------
+
+
+def test_a_drawn_point_that_is_invalid_fails_its_trial_and_the_search_goes_on(
+    sweep: Sweep, optuna: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_job, told = Plan.make_job, []
+
+    def refuse(self: Plan, point: Point, has_gpu: bool) -> Job:
+        if point.name == "find-002":
+            told.append(point.name)
+            raise ConfigError("train.max_length and adapter.r do not go together.")
+        return make_job(self, point, has_gpu)
+
+    monkeypatch.setattr(Plan, "make_job", refuse)
+    assert sweep({}, SEARCH) == 1
+    assert read_states("find") == {f"{n:03d}": "refused" if n == 2 else "completed" for n in range(6)}
+    trials = open_study(optuna).get_trials()  # type: ignore[attr-defined]
+    assert [trial.state.name for trial in trials] == ["COMPLETE"] * 2 + ["FAIL"] + ["COMPLETE"] * 3
+    assert sweep({}, SEARCH) == 1 and told == ["find-002"]
+
+
+@pytest.mark.parametrize("kind", ["uniform", "log_uniform"])
+def test_a_whole_number_is_not_drawn_as_a_fraction(kind: str) -> None:
+    space = {"adapter.r": {kind: [4, 64]}}
+    with pytest.raises(ConfigError, match=r"adapter.r is .*: it should be a whole number"):
+        plan_sweep(write_sweep(SEARCH | {"search": {"runs": 3, "space": space}}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"settings": {"train.seed": 5}}, r"settings was {}, and is {\"train.seed\": 5} now"),
+        ({"recipe": "recipe.yaml"}, r"recipe was \[\], and is"),
+        ({"objective": {"score": "exact_match"}}, r'score was "json_equal", and is "exact_match" now'),
+        ({"search": SEARCH["search"] | {"space": SEARCH["search"]["space"] | {"adapter.layers": [["mlp"]]}}}, "space was"),
+        ({"search": SEARCH["search"] | {"space": SEARCH["search"]["space"] | {"adapter.r": {"integers": [40, 50]}}}}, "space was"),
+    ],
+)  # fmt: skip
+def test_a_search_does_not_go_on_with_a_file_that_was_changed(sweep: Sweep, changes: dict, words: str) -> None:
+    begun = SEARCH | {"search": SEARCH["search"] | {"runs": 1}}
+    assert sweep({}, begun) == 0
+    with pytest.raises(ConfigError, match=words):
+        sweep({}, begun | changes)
+    assert len(read_started()) == 1
+
+
+def test_a_recipe_that_was_changed_is_seen_in_the_completed_runs(sweep: Sweep) -> None:
+    begun = SEARCH | {"search": SEARCH["search"] | {"runs": 1}}
+    assert sweep({}, begun) == 0
+    record = json.loads(Path("runs/find-000/run.json").read_text())
+    record["settings"]["train.seed"] = {"value": 1, "from": "recipe.yaml"}
+    Path("runs/find-000/run.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match="run find-000: train.seed: 1, now"):
+        sweep({}, begun)
+
+
+def test_a_value_outside_of_the_space_is_no_error_of_optuna_s(sweep: Sweep, optuna: object) -> None:
+    begun = SEARCH | {"search": SEARCH["search"] | {"runs": 1}}
+    assert sweep({}, begun) == 0
+    study = open_study(optuna)
+    changed = study.user_attrs["definition"]  # type: ignore[attr-defined]
+    space = SEARCH["search"]["space"] | {"adapter.layers": [["attention"]]}
+    changed["space"] = changed["space"] | {"adapter.layers": {"choices": [["attention"]]}}
+    study.set_user_attr("definition", changed)  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="Give the sweep another name"):
+        sweep({}, begun | {"search": begun["search"] | {"space": space}})
+
+
+def test_a_trial_that_was_only_half_drawn_is_drawn_to_its_end(sweep: Sweep, optuna: object) -> None:
+    begun = SEARCH | {"search": SEARCH["search"] | {"runs": 1}}
+    assert sweep({}, begun) == 0
+    open_study(optuna).ask().suggest_float("train.learning_rate", 1e-4, 2e-3, log=True)  # type: ignore[attr-defined]
+    assert sweep({}, begun | {"search": begun["search"] | {"runs": 2}}) == 0
+    assert read_started() == ["find-000", "find-001"]
+
+
+def test_a_search_counts_the_gpus_of_its_runs() -> None:
+    plan = plan_sweep(write_sweep(SEARCH | {"settings": {"train.gpus": 2}}))
+    assert plan.count_gpus() == 2
