@@ -45,6 +45,7 @@ PACKAGES = (
     "papermill",
 )
 DONE = "completed"
+SWEEPS = "sweeps"  # a folder below the run root that is no run
 
 
 def now() -> str:
@@ -119,6 +120,8 @@ def check_name(name: str | int) -> str:
         raise RunNameError(
             f"run name {name!r}: use up to 100 letters, digits, '.', '_' and '-', the first a letter or digit."
         )
+    if name == SWEEPS:
+        raise RunNameError(f"run name {name!r}: the folder of that name holds what sweeps write. Choose another.")
     if looks_like_token(name):
         raise RunError(
             "the run name looks like a token, and it would stand in many files. Choose another, and revoke it."

@@ -6,6 +6,7 @@ source ──point──> waiting ──backend has room──> running ──> 
                                                     └──> pruned (weaker than others), stopped (with the sweep)
 """
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,9 +20,9 @@ from ..runs.outcome import CRASHED, FAILED, GATES_FAILED, STOPPED
 from ..runs.supervise import Supervisor
 from ..scrub import scrub
 from .board import Board
-from .ends import GATES_CODE, TERMINATED, USAGE_CODE, is_accident
+from .ends import GATES_CODE, USAGE_CODE, is_accident
 from .entry import FINAL, LOST, PRUNED, RECORD, REFUSED, RUNNING, WAITING, Entry, describe_runs
-from .job import Backend, End, Job, stop_all
+from .job import TERMINATED, Backend, End, Job, stop_all
 from .plan import Plan, read_state
 from .results import write_results
 from .source import Source
@@ -101,6 +102,7 @@ class Control:
                 entry.reason = str(error)
                 self.settle(entry, REFUSED)
                 continue
+            entry.last_step = self.plan.find_last_step(entry.point)
             self.start(entry, job)
 
     def start(self, entry: Entry, job: Job) -> None:
@@ -268,7 +270,9 @@ class Control:
         for entry in self.find(RUNNING):
             entry.watch.read()
             curve = entry.watch.curves[by] if by else {}
-            for step in sorted(step for step in curve if step > entry.told):
+            last = (entry.last_step or entry.watch.status().get("total_steps") or math.inf) if curve else 0
+            # at the last step nothing is saved by ending it, and it would have no score
+            for step in sorted(step for step in curve if entry.told < step < last):
                 entry.told = step
                 if not entry.weak and self.source.report(entry.point.name, step, curve[step]):
                     entry.weak = True

@@ -5,10 +5,10 @@ from typing import Any
 
 from ..runs.outcome import CRASHED, STOPPED
 from ..runs.supervise import HUNG
-from .job import End
+from .job import TERMINATED, End
 
 USAGE_CODE, GATES_CODE = 2, 3  # of `forgekit run`
-TERMINATED, KILLED = 128 + signal.SIGTERM, 128 + signal.SIGKILL
+KILLED = 128 + signal.SIGKILL
 
 
 def is_accident(end: End, record: dict[str, Any]) -> bool:

@@ -28,6 +28,7 @@ class Entry:
     reason: str | None = None
     weak: bool = False  # was asked to end because others did better
     told: int = 0  # the last step that the source has heard of
+    last_step: int | None = None  # at which its training ends, where the settings say so
     refused: int = 0  # how often the backend could not start it
     probed: float = -math.inf  # when its folder was last looked at for another process (monotonic seconds)
 

@@ -37,17 +37,12 @@ def choose_settings(results: "Results") -> list[str]:
     """Return the settings to draw: those in which scored runs differ, of most values first."""
     from ..table import write_value
 
-    scored = find_scored(results)
+    scored = results.scored
     if len(scored) < 2:
         return []
     values = {name: {write_value(row.get(name)) for row in scored} for name in results.changed}
     names = [name for name in results.changed if len(values[name]) > 1]
     return sorted(names, key=lambda name: -len(values[name]))[:PANELS]
-
-
-def find_scored(results: "Results") -> list[dict[str, Any]]:
-    """Return the runs that have the score that decides."""
-    return [row for row in results.rows if results.score and row.get(results.score) is not None]
 
 
 def draw_curves(axes: Any, results: "Results") -> None:
@@ -83,7 +78,7 @@ def draw_setting(axes: Any, results: "Results", name: str) -> None:
     from ..table import write_value
 
     assert results.score is not None
-    scored = find_scored(results)
+    scored = results.scored
     values: list[Any] = [row.get(name) for row in scored]
     places = values
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):

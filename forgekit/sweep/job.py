@@ -1,11 +1,14 @@
 """What a sweep and a backend say to each other: one job is one supervised headless run with a folder of its own."""
 
+import signal
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from ..errors import RunError
+
+TERMINATED = 128 + signal.SIGTERM  # exit code of a run that was asked to end
 
 
 @dataclass(frozen=True)

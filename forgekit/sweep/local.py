@@ -12,7 +12,7 @@ from ..errors import ConfigError, RunError
 from ..hardware import cpu_count
 from ..runs.session import find_package
 from ..runs.supervise import PARENT
-from .job import End, Job
+from .job import TERMINATED, End, Job
 
 VISIBLE, THREADS = "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"
 COMMAND = (sys.executable, "-m", "forgekit")
@@ -67,7 +67,7 @@ class Local:
         """Send SIGTERM, or take a job out of the queue."""
         for job in [job for job in self.waiting if job.name == name]:
             self.waiting.remove(job)
-            self.ended[name] = End(128 + signal.SIGTERM, "stopped before it started")
+            self.ended[name] = End(TERMINATED, "stopped before it started")
         if name in self.running:
             self.running[name][0].send_signal(signal.SIGTERM)
 

@@ -12,15 +12,14 @@ from ..evaluate.metrics import find_metric, name_metrics
 from ..files import finite, read_json
 from ..paths import check_inside
 from ..recipe import find_recipes
-from ..run_folder import DONE, find_run_root
+from ..run_folder import DONE, SWEEPS, find_run_root
 from ..runs.parameters import find_here, find_parameters
 from ..scrub import scrub
 from .file import RECIPE, Sweep, read_sweep
 from .job import Job
 from .points import Point, list_points
+from .watch import HELD_OUT_LOSS
 
-SWEEPS = "sweeps"  # below the run root
-HELD_OUT_LOSS = "held_out_loss"
 # they say how a run goes on, not what it is
 NO_DIFFERENCE = ("train.resume", "train.allow_drift", "train.status_file")
 
@@ -76,6 +75,11 @@ class Plan:
             return 0
         return max(config.train.gpus for config in configs)
 
+    def find_last_step(self, point: Point) -> int | None:
+        """Return the step at which a point's training ends, or None where the rows decide that."""
+        steps = self.load(point.settings)[1].train.max_steps
+        return steps if steps and steps > 0 else None
+
     def make_job(self, point: Point, has_gpu: bool) -> Job:
         """Return what a backend starts for a point; `has_gpu` says whether its machines have any."""
         recipes, config = self.load(point.settings)
@@ -86,6 +90,8 @@ class Plan:
         arguments += [word for recipe in filter(None, recipes.split(" + ")) for word in ("--recipe", recipe)]
         settings = self.sweep.settings | {name: value for name, value in point.settings.items() if name != RECIPE}
         arguments += [f"--set={name}={json.dumps(value)}" for name, value in settings.items()]
+        if config.train.resume == "never":  # it would refuse its own folder, and a run that stopped has to go on
+            arguments += ["--resume", "auto"]
         arguments += [word for name in ("timeout", "grace") if getattr(self.sweep, name) for word in (f"--{name}", getattr(self.sweep, name))]  # fmt: skip
         log = self.folder / "logs" / f"{point.name}.log"
         return Job(point.name, self.root, tuple(arguments), Path.cwd(), {"FORGEKIT_RUNS": str(self.root)}, gpus, log)

@@ -5,7 +5,7 @@ import itertools
 import json
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,15 +50,21 @@ def name_point(sweep: str, settings: Mapping[str, Any]) -> str:
     {"train.learning_rate": 0.001, "adapter.r": 8} -> "rates-learning_rate-0.001-r-8". Where letters had to be left out, or
     there are too many, some of the point's hash tell it from others.
     """
-    words = [(name.rpartition(".")[2], write_word(name, value)) for name, value in settings.items()]
+    words = [(key, write_word(name, settings[name])) for name, key in shorten_names(settings).items()]
     name = "-".join([sweep, *(f"{key}-{word}" for key, word in words)])
-    # two settings may end in the same word, and a point of a list may be the recipe as it is
-    apart = len({key for key, _ in words}) == len(words) > 0
     exact = all(is_exact(value, word) for value, (_, word) in zip(settings.values(), words, strict=True))
-    if apart and exact and len(name) <= LONGEST:
+    # a point of a list may be the recipe as it is
+    if words and exact and len(name) <= LONGEST:
         return check_name(name)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:8]
     return check_name(f"{name[: LONGEST - 9].rstrip('-.')}-{digest}")
+
+
+def shorten_names(names: Iterable[str]) -> dict[str, str]:
+    """Return each setting's last word, and the whole name where two end alike: data.path and adapter.path."""
+    names = list(names)
+    ends = [name.rpartition(".")[2] for name in names]
+    return {name: end if ends.count(end) == 1 else name for name, end in zip(names, ends, strict=True)}
 
 
 def write_word(name: str, value: Any) -> str:

@@ -24,10 +24,9 @@ from ..runs.outcome import GATES_FAILED
 from ..runs.session import find_package
 from ..runs.supervise import PARENT, TWICE_SECONDS
 from .claim import CUT_OFF, HURRY, LOST_SECONDS, STOP, TAKEN, TICK_SECONDS, Claim, find_folder
-from .job import End, Job
+from .job import TERMINATED, End, Job
 
-STOPPED = 128 + signal.SIGTERM
-NOT_BEGUN = End(STOPPED, "stopped before it began")
+NOT_BEGUN = End(TERMINATED, "stopped before it began")
 
 
 class Attempt:

@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 from ..errors import RunError
 from ..evaluate.metrics import find_metric
 from ..files import current_umask, read_json, write_text
-from ..run_folder import find_run_root, shorten_path
+from ..run_folder import DONE, SWEEPS, find_run_root, shorten_path
+from ..runs.outcome import GATES_FAILED
 from ..scrub import scrub
 from .entry import RECORD
-from .plan import HELD_OUT_LOSS, NO_DIFFERENCE, SWEEPS
-from .watch import Watch, read_if_there, read_metrics, read_score
+from .plan import NO_DIFFERENCE
+from .points import shorten_names
+from .watch import HELD_OUT_LOSS, Watch, read_if_there, read_metrics, read_score
 
 if TYPE_CHECKING:
     import pandas
@@ -64,7 +66,7 @@ class Results:
         from ..table import write_value
 
         short = {"run": row["run"], "state": row["state"]}
-        short |= {name.partition(".")[2] or name: write_value(row.get(name)) for name in self.changed}
+        short |= {title: write_value(row.get(name)) for name, title in shorten_names(self.changed).items()}
         scored = any(self.score and other.get(self.score) is not None for other in self.rows)
         if scored and self.score and self.score != HELD_OUT_LOSS:
             metric = find_metric(self.score)
@@ -77,6 +79,11 @@ class Results:
             if any(other.get(name) is not None for other in self.rows):
                 short[title] = None if row.get(name) is None else round(row[name], 4 if name == HELD_OUT_LOSS else 0)
         return short | ({"error": row["error"]} if any(other.get("error") for other in self.rows) else {})
+
+    @property
+    def scored(self) -> list[dict[str, Any]]:
+        """The rows whose runs came to their end with a score, the best first; of the others a score says less."""
+        return [row for row in self.rows if self.score and row.get(self.score) is not None and has_ended(row)]
 
     @property
     def differences(self) -> "pandas.DataFrame":
@@ -112,7 +119,7 @@ class Results:
         where = shorten_path(self.place)
         if not self.rows:
             return f"There is nothing to compare: no runs in {where}. `forgekit sweep` or `forgekit run` makes some."
-        scored = [row for row in self.rows if self.score and row.get(self.score) is not None]
+        scored = self.scored
         words = (
             f"{len(self.rows)} runs in {where}"
             if len(self.rows) > 1
@@ -196,17 +203,27 @@ def read_runs(root: Path) -> Results:
 def make_results(
     place: Path, root: Path, rows: list[dict[str, Any]], changed: list[str], score: str | None, maximize: bool
 ) -> Results:
-    """Sort rows, the best first, and add curves and settings."""
+    """Sort rows, the best first and what did not come to its end below, and add curves and settings."""
 
-    def rank(row: dict[str, Any]) -> tuple[bool, float, float]:
+    def rank(row: dict[str, Any]) -> tuple[bool, bool, float, float]:
         value, loss = row.get(score) if score else None, row.get(HELD_OUT_LOSS)
         sign = -1 if maximize else 1
-        return (value is None, 0.0 if value is None else sign * value, math.inf if loss is None else loss)
+        return (
+            not has_ended(row),
+            value is None,
+            0.0 if value is None else sign * value,
+            math.inf if loss is None else loss,
+        )
 
     rows = sorted(rows, key=rank)
     curves = {row["run"]: Watch(root / row["run"]).read().curves for row in rows}
     settings = {row["run"]: read_settings(root / row["run"]) for row in rows}
     return Results(place, rows, changed, score, maximize, curves, settings)
+
+
+def has_ended(row: dict[str, Any]) -> bool:
+    """Say whether a run came to its end, and was not pruned, stopped, or broken off by an error."""
+    return row["state"] in (DONE, GATES_FAILED)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..environment import set_environment
+from ..errors import ConfigError
 from ..run_folder import explain_disk
 from ..run_lock import lock_folder
 from .backends import open_backend
@@ -44,6 +45,7 @@ def run_sweep(
         RunError: the sweep's folder is in use, or the backend cannot be reached.
     """
     set_environment()
+    check_options(backend, address, slots)
     plan = plan_sweep(file)
     if retries is not None:
         plan.sweep = plan.sweep.model_copy(update={"retries": retries})
@@ -62,6 +64,17 @@ def run_sweep(
         return code
     finally:
         lock.close()
+
+
+def check_options(backend: str, address: str | None, slots: int | None) -> None:
+    """Raise ConfigError for options that would say nothing."""
+    problems = []
+    if backend == "local" and address:
+        problems.append(f"--address {address}: runs on this machine have none. Add --backend ray or --backend slurm.")
+    if slots == 0:
+        problems.append("--slots 0: no run could ever begin. Give 1 or more, or leave it out.")
+    if problems:
+        raise ConfigError(problems)
 
 
 def describe_results(plan: Plan) -> str:

@@ -14,17 +14,19 @@ import contextlib
 import os
 import signal
 import subprocess
+import tempfile
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ..errors import RunError
+from ..errors import ConfigError, RunError
 from ..runs.session import find_package
 from .claim import FOLDER, LOST_SECONDS, order
-from .job import End, Job, stop_all
-from .remote import NOT_BEGUN, STOPPED, Attempt
+from .job import TERMINATED, End, Job, stop_all
+from .remote import NOT_BEGUN, Attempt
 
 TICK_SECONDS = 0.5
 LOOK_SECONDS = 1.0  # between looks at a shared folder, a few requests a job each
@@ -51,7 +53,7 @@ class Task:
         attempt = Attempt(self.job, self.attempt, self.command, self.lost_seconds)
         attempt.signals = (signal.SIGTERM, warning)
         end = attempt.run()
-        if attempt.heard and end.code == STOPPED and attempt.claim.read_order() is None:
+        if attempt.heard and end.code == TERMINATED and attempt.claim.read_order() is None:
             wait_for_verdict(attempt, warning)
             if warning in attempt.heard and callable(requeue):
                 requeue(warning, None)
@@ -110,7 +112,9 @@ class Slurm:
             command: what starts a run; None: `-m forgekit` of this Python.
             lost_seconds: how long a run's machine has to be silent before another one begins with the run.
 
-        Raises RunError when this machine has no srun.
+        Raises:
+            ConfigError: a parameter that there is not.
+            RunError: this machine has no srun.
         """
         import submitit
 
@@ -128,6 +132,15 @@ class Slurm:
             raise RunError(
                 "this machine has no srun: start the sweep where you would call sbatch, or choose another --backend."
             )
+        self.check_parameters()
+
+    def check_parameters(self) -> None:
+        """Raise ConfigError for a parameter that submitit does not know or take; it writes no file for that."""
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                self.make_executor(Path(folder), "check", 0)
+            except (NameError, ValueError, TypeError, AssertionError) as error:
+                raise ConfigError(f"slurm.parameters: {str(error).splitlines()[0]}") from None
 
     def start(self, job: Job) -> None:
         """Submit a job. Raises RunError when Slurm refuses it."""
@@ -146,9 +159,13 @@ class Slurm:
         """Return submitit's executor for a job; it keeps its files beside the claims, for this user's eyes."""
         folder = job.root / FOLDER / "slurm"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return self.make_executor(folder, job.name, job.gpus)
+
+    def make_executor(self, folder: Path, name: str, count: int) -> Any:
+        """Return an executor with the parameters of a job that takes so many GPUs."""
         executor = self.submitit.AutoExecutor(folder, self.cluster, slurm_max_num_timeout=self.requeues)
-        gpus = {"gpus_per_node": job.gpus} if job.gpus else {}
-        executor.update_parameters(name=job.name, stderr_to_stdout=True, **self.common, **gpus)
+        gpus = {"gpus_per_node": count} if count else {}
+        executor.update_parameters(name=name, stderr_to_stdout=True, **self.common, **gpus)
         return executor
 
     def free(self) -> int:
@@ -226,7 +243,7 @@ class Submitted:
     def read_state(self, state: str) -> End:
         """Return the end of a job that left no result; a machine's failure and a time limit are no fault of the run's."""
         if state.startswith("CANCELLED"):
-            return NOT_BEGUN if self.asked else End(STOPPED, f"Slurm says {state}")
+            return NOT_BEGUN if self.asked else End(TERMINATED, f"Slurm says {state}")
         if state.startswith(("FAILED", "OUT_OF_MEMORY", "FINISHED")):
             return End(1, f"the job ended as {state} and left no result; see {self.submitted.paths.stdout}")
         return End(None, f"Slurm says {state}")
