@@ -129,6 +129,12 @@ def test_a_name_that_is_no_plain_folder_name_is_refused(name: object) -> None:
         check_name(name)  # type: ignore[arg-type]
 
 
+def test_no_run_stands_where_sweeps_do() -> None:
+    with pytest.raises(RunError, match="run name 'sweeps': the folder of that name holds what sweeps write"):
+        check_name("sweeps")
+    assert check_name("sweeps-1") == "sweeps-1"
+
+
 def test_a_name_that_papermill_made_a_number_of_is_taken(runs: Path) -> None:
     assert start_run(Config(), 20261121).path == runs / "20261121"
 

@@ -139,7 +139,7 @@ class Slurm:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 self.make_executor(Path(folder), "check", 0)
-            except (NameError, ValueError, TypeError, AssertionError) as error:
+            except (NameError, ValueError, TypeError, AssertionError) as error:  # submitit's ways to say no
                 raise ConfigError(f"slurm.parameters: {str(error).splitlines()[0]}") from None
 
     def start(self, job: Job) -> None:

@@ -245,6 +245,18 @@ def test_wrong_files_end_with_2_and_a_dry_run_starts_nothing(capsys: pytest.Capt
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--slots", "0"], "--slots 0: no run could ever begin"),
+        (["--address", "here:6379"], "--address here:6379: runs on this machine have none"),
+    ],
+)
+def test_options_that_say_nothing_end_with_2(words: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(["sweep", str(write_sweep(RATES)), *words]) == 2
+    assert message in capsys.readouterr().err and not Path("runs").exists()
+
+
 @pytest.mark.parametrize("words", [["--slots", "-1"], ["--retries", "x"], ["--backend", "cloud"]])
 def test_wrong_options_end_with_2(words: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as left:

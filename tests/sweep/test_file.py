@@ -131,6 +131,11 @@ def test_points_that_differ_have_names_that_differ_and_fit(one: dict, other: dic
     assert names == (name_point("s", one), name_point("s", other))
 
 
+def test_settings_that_end_alike_stand_with_their_whole_names() -> None:
+    settings = {"data.path": "rows", "adapter.path": "weights", "adapter.r": 8}
+    assert name_point("s", settings) == "s-data.path-rows-adapter.path-weights-r-8"
+
+
 # ---- with the recipe -------------------------------------------------------------------------------------------------
 
 
@@ -189,6 +194,11 @@ def test_a_job_is_the_command_that_a_person_would_type(own_folder: Path) -> None
     )  # fmt: skip
     assert (job.gpus, job.environment) == (0, {"FORGEKIT_RUNS": str(own_folder / "runs")})
     assert plan.make_job(plan.points[0], has_gpu=True).gpus == 1
+
+
+def test_a_run_of_a_sweep_goes_on_in_its_own_folder_whatever_the_recipe_says() -> None:
+    plan = plan_sweep(write_sweep(RATES, settings={"train.resume": "never"}))
+    assert plan.make_job(plan.points[0], has_gpu=False).arguments[-2:] == ("--resume", "auto")
 
 
 def test_gpus_are_asked_for_where_a_gpu_is_used() -> None:

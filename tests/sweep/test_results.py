@@ -81,6 +81,23 @@ def test_less_is_better_where_the_sweep_says_so(rates: Path) -> None:
     assert names(read_results("rates")) == [NAMES[2], NAMES[0], NAMES[1]]
 
 
+def test_only_a_run_that_came_to_its_end_is_best(rates: Path) -> None:
+    record = json.loads((rates / "sweep.json").read_text())
+    record["runs"][1]["state"], record["runs"][0]["state"] = "pruned", "gates_failed"
+    write(rates / "sweep.json", record)
+    found = read_results("rates")
+    assert names(found) == [NAMES[0], NAMES[2], NAMES[1]] and [row["run"] for row in found.scored] == names(found)[:2]
+    assert f"2 with a score; best by json_equal (more is better): {NAMES[0]}." in found.sentence
+
+
+def test_settings_that_end_alike_are_told_apart(rates: Path) -> None:
+    points = [{"data.path": f"rows{i}", "adapter.path": f"weights{i}", "adapter.r": i} for i in range(3)]
+    write_sweep_record(NAMES, ["data.path", "adapter.path", "adapter.r"], points)
+    table = read_results("rates").table.set_index("run")
+    assert [*table.columns][1:4] == ["data.path", "adapter.path", "r"]
+    assert list(table.loc[NAMES[2]])[1:4] == ["rows2", "weights2", "2"]
+
+
 def test_csv_and_parquet_hold_the_same_and_the_figure_is_a_picture(rates: Path) -> None:
     write_results(rates)
     csv, parquet = pandas.read_csv(rates / "results.csv"), pandas.read_parquet(rates / "results.parquet")

@@ -108,6 +108,19 @@ def test_weak_runs_are_ended_early_and_not_taken_up_again(
     assert len(read_started()) == 6 and read_states("find") == states
 
 
+def test_a_run_at_its_last_step_is_scored_and_not_ended(
+    sweep: Sweep, optuna: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("forgekit.sweep.control.LOOK_SECONDS", 0.05)
+    values = prune(first_step=30)  # the stand-in's losses stand at steps 10, 20 and 30
+    settings = values["settings"] | {"train.max_steps": 30}
+    assert sweep({"*": ["slow"]}, values | {"settings": settings}) == 0
+    trials = open_study(optuna).get_trials()  # type: ignore[attr-defined]
+    assert {trial.state.name for trial in trials} == {"COMPLETE"}
+    assert not any(trial.intermediate_values.get(30) for trial in trials)
+    assert any(trial.intermediate_values for trial in trials)
+
+
 def test_a_study_of_another_space_is_refused(sweep: Sweep) -> None:
     assert sweep({}, SEARCH) == 0
     other = SEARCH | {"search": {"runs": 6, "space": {"adapter.r": [8, 16]}}}

@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("submitit", reason='needs submitit: pip install "forgekit[slurm]"')
 
-from forgekit.errors import RunError
+from forgekit.errors import ConfigError, RunError
 from forgekit.sweep import slurm
 from forgekit.sweep.claim import FOLDER
 from forgekit.sweep.job import End
@@ -208,3 +208,35 @@ def test_without_slurm_the_backend_says_so(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("PATH", "")
     with pytest.raises(RunError, match="this machine has no srun"):
         Slurm()
+
+
+def test_a_wrong_parameter_is_refused_before_anything_is_submitted() -> None:
+    with pytest.raises(ConfigError, match="slurm.parameters: Unknown argument 'acount'"):
+        Slurm(cluster="local", parameters={"acount": "lab"})
+
+
+def test_an_error_without_words_is_an_end_too(tmp_path: Path) -> None:
+    def fail() -> End:
+        raise RuntimeError("-" * 40)
+
+    lost = Lost("FAILED", True, tmp_path)
+    lost.result = fail  # type: ignore[attr-defined]
+    lost.paths.result_pickle.touch()
+    end = Submitted(make_job(tmp_path), "a", lost).read_end()
+    assert end and end.code == 1 and str(end.reason).startswith("the job failed without a word; see ")
+
+
+def test_a_stop_is_ordered_also_when_scancel_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = Slurm(cluster="local", command=COMMAND)
+    backend.cluster = "slurm"
+    job, lost = make_job(tmp_path), Lost("PENDING", False, tmp_path)
+    lost.job_id = "7"  # type: ignore[attr-defined]
+    backend.running["toy"] = one = Submitted(job, "a", lost)
+    monkeypatch.setenv("PATH", "")
+    backend.stop("toy")
+    assert one.asked == 1 and '"stop": 1' in (tmp_path / FOLDER / "toy" / "order.json").read_text()
+    (tmp_path / FOLDER / "toy").rename(tmp_path / "away")
+    (tmp_path / FOLDER / "toy").touch()  # the order cannot be written
+    with pytest.raises(RunError, match="cannot be written"):
+        backend.stop("toy")
+    assert one.asked == 1  # a stop that was not told does not hurry the next one
