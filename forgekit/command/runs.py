@@ -84,7 +84,7 @@ def add_sweep(verbs: Any) -> None:
         "sweep",
         help="execute a notebook with many settings, and compare the runs",
         description="Run every point of a sweep, each as a supervised `forgekit run`, and compare them below "
-        "runs/sweeps/NAME. All points are checked before anything starts; the same file again goes on with a sweep that was "
+        "runs/sweeps/NAME. All points (of a search, its bounds and choices) are checked before anything starts; the same file again goes on with a sweep that was "
         "broken off. Exit code: 0 all completed, 1 some did not, 2 wrong usage or settings, 128 + n ended by signal n; the "
         "runs then save and stop.",
         epilog="example: forgekit sweep params/sweeps/text_quick.yaml --slots 2",
