@@ -16,14 +16,14 @@ from ..errors import ConfigError, RunError
 from ..files import write_json
 from ..run_folder import DONE, now
 from ..run_lock import is_locked
-from ..runs.outcome import CRASHED, FAILED, GATES_FAILED, STOPPED
+from ..runs.outcome import FAILED, GATES_FAILED, STOPPED
 from ..runs.supervise import Supervisor
 from ..scrub import scrub
 from .board import Board
-from .ends import GATES_CODE, USAGE_CODE, is_accident
-from .entry import FINAL, LOST, PRUNED, RECORD, REFUSED, RUNNING, WAITING, Entry, describe_runs
-from .job import TERMINATED, Backend, End, Job, stop_all
-from .plan import Plan, read_state
+from .ends import GATES_CODE, USAGE_CODE, is_accident, name_end, read_ended, read_last_words
+from .entry import FINAL, PRUNED, RECORD, REFUSED, RUNNING, WAITING, Entry, describe_runs
+from .job import Backend, End, Job, stop_all
+from .plan import Plan
 from .results import write_results
 from .source import Source
 from .watch import Watch, read_if_there, read_score
@@ -84,9 +84,8 @@ class Control:
         if time.monotonic() - self.looked >= LOOK_SECONDS:
             self.look()
         busy = (RUNNING,) if self.asked.stop else (RUNNING, WAITING)
-        if not self.asked.stop and self.source.left():
-            return True
-        return any(entry.state in busy for entry in self.entries.values())
+        more = any(entry.state in busy for entry in self.entries.values())
+        return more or not self.asked.stop and self.source.left()
 
     # ---- starting ---------------------------------------------------------------------------------------------------
 
@@ -125,14 +124,14 @@ class Control:
     def next_entry(self) -> Entry | None:
         """Return the run to start next: one that waits and whose folder nobody has, else the source's next point.
 
-        What the backend could not start comes last, so that it holds up nobody else.
+        What the backend could not start comes last, so that it holds up nobody else, unless that goes for all.
         """
-        refused = [entry for entry in self.find(WAITING) if entry.refused]
-        return (
-            self.find_free([entry for entry in self.find(WAITING) if not entry.refused])
-            or self.take_point()
-            or self.find_free(sorted(refused, key=lambda entry: entry.refused))
-        )
+        waiting = sorted(self.find(WAITING), key=lambda entry: entry.refused)
+        refused = [entry for entry in waiting if entry.refused]
+        new = self.find_free([entry for entry in waiting if not entry.refused])
+        if new is None and len(refused) < START_TRIES:
+            new = self.take_point()
+        return new or self.find_free(refused)
 
     def find_free(self, entries: list[Entry]) -> Entry | None:
         """Return the first whose folder no other process has; each is looked at once a second, which another may notice."""
@@ -142,7 +141,7 @@ class Control:
             entry.probed = time.monotonic()
             if not is_locked(entry.watch.folder):
                 # meanwhile a run that was left over from another sweep may have come to its end
-                ended = self.read_ended(entry)
+                ended = read_ended(entry.watch.folder, self.only_missing)
                 if ended is None:
                     return entry
                 self.settle(entry, ended)
@@ -165,18 +164,13 @@ class Control:
     def find_kept(self, entry: Entry) -> str | None:
         """Return the state of a run that needs nothing more, or None."""
         name = entry.point.name
-        ended = self.read_ended(entry)
+        ended = read_ended(entry.watch.folder, self.only_missing)
         if ended:
             return ended
         if self.source.pruned(name):
             return PRUNED
         state = self.before.get(name, {}).get("state")
         return state if state in FINAL and state not in (DONE, PRUNED) and not self.only_missing else None
-
-    def read_ended(self, entry: Entry) -> str | None:
-        """Return the end that a run's own record tells, also when a sweep was killed before it heard of it, or None."""
-        state = read_state(entry.watch.folder)
-        return state if state == DONE or state == GATES_FAILED and not self.only_missing else None
 
     def keep(self, entry: Entry, state: str) -> None:
         """Take a run's end over from before."""
@@ -202,7 +196,7 @@ class Control:
             self.change(entry, WAITING, "another process was faster, and has its folder")
         elif end.code in told:
             if end.code == USAGE_CODE:
-                entry.reason = self.read_last_words(entry)
+                entry.reason = read_last_words(self.plan.find_log(entry.point))
             self.settle(entry, told[end.code])
         elif entry.weak:
             self.settle(entry, PRUNED)
@@ -215,20 +209,8 @@ class Control:
         elif entry.attempts <= self.retries and is_accident(end, record):
             self.change(entry, WAITING, f"{entry.reason or f'exit code {end.code}'}; goes on from its last checkpoint")
         else:
-            known = next((state for state in (STOPPED, CRASHED) if state == record.get("state")), FAILED)
-            if end.code == TERMINATED and known == FAILED:
-                known = STOPPED  # before the run could write anything
-            entry.reason = entry.reason or self.read_last_words(entry)
-            self.settle(entry, LOST if end.code is None else known)
-
-    def read_last_words(self, entry: Entry) -> str | None:
-        """Return the last line that a run printed."""
-        job = self.plan.make_job(entry.point, self.has_gpu)
-        try:
-            lines = job.log.read_text(encoding="utf-8", errors="replace").split("\n") if job.log else []
-        except OSError:
-            return None
-        return next((line.strip() for line in reversed(lines) if line.strip()), None)
+            entry.reason = entry.reason or read_last_words(self.plan.find_log(entry.point))
+            self.settle(entry, name_end(end, record))
 
     def settle(self, entry: Entry, state: str, words: str | None = None) -> None:
         """Note a run's end and tell the source."""
@@ -276,9 +258,8 @@ class Control:
                 entry.told = step
                 if not entry.weak and self.source.report(entry.point.name, step, curve[step]):
                     entry.weak = True
-                    self.board.say(
-                        f"{entry.point.name}  is ended at step {step}: {by} {curve[step]:.4f} is not among the best"
-                    )
+                    reason = f"{by} {curve[step]:.4f} is not among the best"
+                    self.board.say(f"{entry.point.name}  is ended at step {step}: {reason}")
                     self.ask([entry.point.name])
         if self.changed:
             self.compare()

@@ -1,11 +1,15 @@
 """What a run's exit code says, and whether its end was an accident after which it may go on."""
 
 import signal
+from pathlib import Path
 from typing import Any
 
-from ..runs.outcome import CRASHED, STOPPED
+from ..run_folder import DONE
+from ..runs.outcome import CRASHED, FAILED, GATES_FAILED, STOPPED
 from ..runs.supervise import HUNG
+from .entry import LOST
 from .job import TERMINATED, End
+from .plan import read_state
 
 USAGE_CODE, GATES_CODE = 2, 3  # of `forgekit run`
 KILLED = 128 + signal.SIGKILL
@@ -20,3 +24,30 @@ def is_accident(end: End, record: dict[str, Any]) -> bool:
     if end.code == TERMINATED and record.get("state") != CRASHED:
         return False  # somebody stopped it, maybe before it could say so: a job that was cancelled leaves no record
     return record.get("state") != STOPPED or end.code == KILLED
+
+
+def name_end(end: End, record: dict[str, Any]) -> str:
+    """Return the state of a run that does not go on."""
+    if end.code is None:
+        return LOST
+    if record.get("state") in (STOPPED, CRASHED):
+        return str(record["state"])
+    return STOPPED if end.code == TERMINATED else FAILED  # stopped before it could write anything
+
+
+def read_ended(folder: Path, only_missing: bool) -> str | None:
+    """Return the end that a run's own record tells, also when a sweep was killed before it heard of it, or None.
+
+    With `only_missing` a run that did not pass its gates is to be tried again.
+    """
+    state = read_state(folder)
+    return state if state == DONE or state == GATES_FAILED and not only_missing else None
+
+
+def read_last_words(log: Path) -> str | None:
+    """Return the last line that a run printed."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        return None
+    return next((line.strip() for line in reversed(lines) if line.strip()), None)

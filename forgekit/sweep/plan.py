@@ -93,8 +93,12 @@ class Plan:
         if config.train.resume == "never":  # it would refuse its own folder, and a run that stopped has to go on
             arguments += ["--resume", "auto"]
         arguments += [word for name in ("timeout", "grace") if getattr(self.sweep, name) for word in (f"--{name}", getattr(self.sweep, name))]  # fmt: skip
-        log = self.folder / "logs" / f"{point.name}.log"
-        return Job(point.name, self.root, tuple(arguments), Path.cwd(), {"FORGEKIT_RUNS": str(self.root)}, gpus, log)
+        environment = {"FORGEKIT_RUNS": str(self.root)}
+        return Job(point.name, self.root, tuple(arguments), Path.cwd(), environment, gpus, self.find_log(point))
+
+    def find_log(self, point: Point) -> Path:
+        """Return the file of what a point's run prints."""
+        return self.folder / "logs" / f"{point.name}.log"
 
     def check_same(self, point: Point) -> list[str]:
         """Return what differs between a completed run of that name and the point as it is now: "train.seed: 1, now 2"."""
