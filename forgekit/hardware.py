@@ -95,9 +95,10 @@ def choose_dtype(config: "Config") -> "torch.dtype":
             return torch.float32
         wanted = "bfloat16" if detect_hardware().bfloat16 else "float16"
     if wanted == "float16" and engine != "unsloth":
+        unsloth = "train.gpus: 1" if config.train.gpus > 1 else "model.engine: unsloth"
         raise ModelError(
             "float16 overflows in Gemma 3n (NaN or infinity) outside Unsloth's patched layers. "
-            "Set model.engine: unsloth, or model.dtype: float32."
+            f"Set {unsloth}, or model.dtype: float32."
         )
     if wanted == "bfloat16" and choose_device(config) == "cuda" and not detect_hardware().bfloat16:
         raise ModelError(

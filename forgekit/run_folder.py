@@ -77,8 +77,10 @@ class Run:
         return (self._lock.fileno(),) if self._lock else ()
 
     def release(self) -> None:
-        """Give the folder free."""
+        """Give the folder free, by word too: where there is no flock, another machine sees the words alone."""
         if self._lock:
+            with contextlib.suppress(OSError):
+                self._lock.truncate(0)
             self._lock.close()
             self._lock = None
 

@@ -7,12 +7,14 @@ the machine, or of a container, the same number may belong to somebody else.
 import json
 import os
 import platform
+import time
 from pathlib import Path
 from typing import IO, Any
 
 from .errors import RunNameError
 
 LOCK = ".lock"
+LOOK_SECONDS = 0.3  # longer than `is_locked` has a lock
 
 
 def lock_folder(path: Path) -> IO[str]:
@@ -24,9 +26,7 @@ def lock_folder(path: Path) -> IO[str]:
     """
     file = open(path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115  # open as long as the run
     try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        take_lock(file)
     except BlockingIOError:
         owner = read_owner(file)
         file.close()
@@ -42,8 +42,22 @@ def lock_folder(path: Path) -> IO[str]:
     return file
 
 
+def take_lock(file: IO[str]) -> None:
+    """Take flock, or raise BlockingIOError; one that nobody alive has signed may be somebody's look (`is_locked`), and is waited for."""
+    import fcntl
+
+    until = time.monotonic() + LOOK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if is_alive(read_owner(file)) or time.monotonic() > until:
+                raise
+        time.sleep(LOOK_SECONDS / 10)
+
+
 def is_locked(path: Path) -> bool:
-    """Say whether a process has a run's folder; nothing is written there."""
+    """Say whether a process has a run's folder; nothing is written there, and the lock is had for a moment."""
     try:
         with open(path / LOCK, "r+", encoding="utf-8") as file:
             try:

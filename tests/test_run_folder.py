@@ -9,7 +9,7 @@ from forgekit.config import Config, load_config
 from forgekit.errors import RunError, RunNameError
 from forgekit.files import read_json
 from forgekit.run_folder import Run, check_name, find_run_root, start_run
-from forgekit.run_lock import lock_folder
+from forgekit.run_lock import LOCK, lock_folder
 
 
 @pytest.fixture
@@ -170,4 +170,5 @@ def test_finish_frees_the_lock(runs: Path) -> None:
     with pytest.raises(RunError, match="in use by process"):
         lock_folder(run.path)
     run.finish()
+    assert (run.path / LOCK).read_text() == ""  # without flock another machine sees the words alone
     lock_folder(run.path).close()

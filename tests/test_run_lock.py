@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from forgekit import run_lock
 from forgekit.errors import RunError, RunNameError
 from forgekit.files import read_json
 from forgekit.run_lock import describe_process, lock_folder
@@ -178,3 +179,15 @@ def test_of_two_runs_in_one_folder_one_wins_each_time_and_the_loser_changes_noth
     case["happened"] = "one winner each time; no byte changed by the loser"
     for racer in racers:
         racer.communicate()
+
+
+def test_a_look_at_the_lock_does_not_refuse_a_run_that_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`is_locked` has the lock for a moment; nobody alive has signed it, so the run waits for that moment."""
+    import fcntl
+
+    lock_folder(tmp_path).close()
+    (tmp_path / run_lock.LOCK).write_text("")
+    with open(tmp_path / run_lock.LOCK, "r+") as looking:
+        fcntl.flock(looking, fcntl.LOCK_EX)
+        monkeypatch.setattr(run_lock.time, "sleep", lambda seconds: looking.close())
+        lock_folder(tmp_path).close()

@@ -1,6 +1,7 @@
 """Verbs about runs: run, sweep, gates."""
 
 import argparse
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ def run(options: argparse.Namespace) -> int:
         options.grace,
         options.cwd,
     )
-    print_summary(finished)
+    with contextlib.suppress(OSError):  # the terminal has gone; the run's end is its own
+        print_summary(finished)
     return finished.record["exit_code"]
 
 

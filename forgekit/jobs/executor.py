@@ -30,6 +30,8 @@ LOOK_SECONDS = 0.5
 LONGEST_MESSAGE = 1024  # letters; the width of the database's column
 FEATURES = (JobFeature.job_name, JobFeature.parameters, JobFeature.output_formats, JobFeature.job_definition, JobFeature.stop_job, JobFeature.delete_job)  # fmt: skip
 
+USAGE = 2  # the exit code of a `forgekit run` that was refused
+
 
 class JobStopped(Exception):
     """The run was asked to stop, and has."""
@@ -58,7 +60,8 @@ class RunExecutor(ExecutionManager):
             code = self.start()
         record = read_record(self.staging)
         run = Path(record["run"])
-        self.update(output_formats=collect_outputs(run, self.staging_paths))
+        if code != USAGE:  # else the folder is another run's, whose name was asked for
+            self.update(output_formats=collect_outputs(run, self.staging_paths))
         self.judge(run, code)
 
     def start(self) -> int:
@@ -100,7 +103,7 @@ class RunExecutor(ExecutionManager):
         except RunError:
             record = {}
         state = record.get("state")
-        if code == 2 or not record:  # refused before there was a run of this job's
+        if code == USAGE or not record:  # refused before there was a run of this job's
             if self.asked_to_stop():
                 raise JobStopped("Stopped before the run began.")
             raise RunError(read_refusal(self.staging / LOG, code))

@@ -1,5 +1,6 @@
 """One headless execution: the run's folder, what its kernel is told, and the end that all its files agree on."""
 
+import contextlib
 import json
 import os
 import socket
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config
-from ..errors import ConfigError, RunNameError
+from ..errors import ConfigError, RunError, RunNameError
 from ..evaluate.gates import check_gates
 from ..paths import check_inside
 from ..files import read_json
@@ -113,10 +114,15 @@ def begin(config: Config, name: str | int | None, notebook: str, supervisor: Sup
     session = Session(supervisor, run, status=[run.path / "status.json"], folder=folder)
     if config.train.status_file:
         session.status.append(folder / Path(config.train.status_file).expanduser())
-    with explain_disk(run.path):
-        run.update(notebook=notebook)
-        open_status(session.status)
-        keep_room(run.path)
+    try:
+        with explain_disk(run.path):
+            run.update(notebook=notebook)
+            open_status(session.status)
+            keep_room(run.path)
+    except RunError as error:
+        with contextlib.suppress(OSError, RunError):  # what cannot be written cannot be recorded either
+            session.finish(Outcome(FAILED, str(error)))
+        raise
     return session
 
 

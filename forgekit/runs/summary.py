@@ -49,7 +49,8 @@ def print_scores(before: dict[str, Any], after: dict[str, Any], answers: int) ->
     if None not in (before["exact_match"], after["exact_match"]):  # no answers are asked for where the loss alone counts
         print(f"  exact match               {before['exact_match']:>7.1%}   {after['exact_match']:>7.1%}")
     print(f"  loss, nats a token        {before['loss']:>7.3f}   {after['loss']:>7.3f}")
-    for old, new in list(zip(before["rows"], after["rows"], strict=True))[:answers]:
+    pairs = zip(before["rows"], after["rows"], strict=False)  # the notebook may have scored other rows the second time
+    for old, new in [(old, new) for old, new in pairs if old["question"] == new["question"]][:answers]:
         print(f"\n  question  {' '.join(new['question'].split())}")
         print(f"  before    {' '.join(old['prediction'].split())[:160]}")
         print(

@@ -14,6 +14,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from ..errors import RunError
+
 # nobody waits so long: a process that ends is noticed, and the supervisor sees to a step that hangs
 PATIENCE = timedelta(days=7)
 MEETING = timedelta(minutes=2)  # for all to find each other, once every model is loaded
@@ -89,6 +91,8 @@ class Group:
                 non_blocking=accelerator.non_blocking,
             )  # fmt: skip
             loader._is_accelerate_prepared = True
+            # a loader that knows of a remainder has accelerate cut the last gathered figures, as if processes were rows
+            loader._drop_last = True
             accelerator._dataloaders.append(loader)
             return loader
 
@@ -116,6 +120,12 @@ def join_group(trainer: Any, rank: int, size: int, meeting: Path, find_unused: b
         meeting: a file on this machine where the processes find each other; nothing listens on a port for that.
         find_unused: whether a batch may leave a parameter that learns without a gradient.
     """
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        raise RunError(
+            "torch.distributed is in use in this process already. Set train.gpus: 1, or end that group first."
+        )
     cuda = trainer.args.device.type == "cuda"
     # each process sees one GPU as its first; the local rank is that GPU's number
     local = {"LOCAL_RANK": "0" if cuda else str(rank), "LOCAL_WORLD_SIZE": str(size)}
@@ -203,7 +213,7 @@ def end_group() -> None:
 
 
 def abort_group() -> None:
-    """Let go whatever waits for a process that is gone; called from another thread."""
+    """Let go whatever waits for a process that is gone; called from any thread."""
     import torch
     import torch.distributed as dist
 

@@ -50,7 +50,7 @@ def train_together(
             trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps, size
         )
         set_batch(trainer, rows, accumulated)
-        find_unused = any(total.modules for total in plan.totals if total.tower != "language")
+        find_unused = leaves_out(plan)
         with (
             tempfile.TemporaryDirectory(prefix="forgekit-") as folder,
             open_workers(run.path / "logs", abort_group) as workers,
@@ -61,14 +61,16 @@ def train_together(
                 "accumulated": accumulated, "find_unused": find_unused, "run": str(run.path), "path": list_imports(),
             }  # fmt: skip
             rest = pack_job(config, data)
-            workers.start({rank: (first | {"rank": rank}, rest) for rank in range(1, size)})
+            workers.start(
+                {rank: (first | {"rank": rank}, rest) for rank in range(1, size)}, choose_device(config) == "cuda"
+            )
             check_base(workers.wait_until_ready(switch.stop.is_set), trainer.checkpoints.identity)
             say(
                 f"{size} processes train together: each {rows} rows at once, {accumulated // size} times before a step; "
                 f"{rows * accumulated} rows a step."
             )
             run.update(processes={"number": size, "rows": rows, "accumulated": accumulated // size})
-            with join_group(trainer, 0, size, Path(first["meeting"]), find_unused):
+            with join_group(trainer, 0, size, Path(first["meeting"]), find_unused), workers.judge():
                 return train(resume_from_checkpoint, *args, **kwargs)
 
     trainer.train = train_in_group
@@ -109,6 +111,16 @@ def pack_job(config: Config, data: Mapping[str, Any]) -> bytes:
             f"train.gpus: the rows cannot be handed to other processes ({type(error).__name__}: {error}). to_example may use plain "
             "values, functions and modules, but no open file, connection or model; or give load_data a file that needs no to_example."
         ) from error
+
+
+def leaves_out(plan: LayerPlan) -> bool:
+    """Say whether a batch may leave something that learns without a gradient.
+
+    A tower, where no row has a part for it; and an adapter on AltUp's correction, which transformers passes by while it trains,
+    because it clamps the weight below (`decoder.correct`).
+    """
+    towers = any(total.modules for total in plan.totals if total.tower != "language")
+    return towers or any(module.name.endswith("correction_coefs") for module in plan.modules)
 
 
 def check_base(ready: Mapping[int, Any], identity: Mapping[str, Any]) -> None:

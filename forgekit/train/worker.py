@@ -44,7 +44,7 @@ def main(number: int) -> None:
         code = 0
     except BaseException as error:  # noqa: BLE001  # whatever it is, the kernel has to hear of it
         traceback.print_exc()
-        say(line, error=type(error).__name__, words=str(error))
+        report(line, error)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # libraries' own endings wait for processes that may be gone
@@ -64,6 +64,14 @@ def say(line: Connection, **message: Any) -> None:
         line.send_bytes(json.dumps(message).encode())
     except OSError:
         return
+
+
+def report(line: Connection, error: BaseException) -> None:
+    """Tell the kernel of an error by its class and words; what is out of memory by whatever class is so by this one."""
+    from .resume import is_out_of_memory
+
+    memory = isinstance(error, RuntimeError) and is_out_of_memory(error)
+    say(line, error="OutOfMemoryError" if memory else type(error).__name__, words=str(error))
 
 
 def train(first: dict[str, Any], rest: bytes, line: Connection) -> None:
@@ -93,7 +101,13 @@ def train(first: dict[str, Any], rest: bytes, line: Connection) -> None:
     set_batch(trainer, first["rows"], first["accumulated"])
     say(line, ready=trainer.checkpoints.identity["base"])
     with join_group(trainer, first["rank"], first["size"], Path(first["meeting"]), first["find_unused"]):
-        trainer.train(first["checkpoint"])
+        try:
+            trainer.train(first["checkpoint"])
+        except (
+            BaseException
+        ) as error:  # the kernel hears of it before the group is taken down, and knows whose fault it is
+            report(line, error)
+            raise
 
 
 if __name__ == "__main__":

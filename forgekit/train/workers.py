@@ -22,9 +22,12 @@ from typing import Any
 from .. import errors
 from ..errors import ForgekitError, RunError
 from ..run_folder import shorten_path
+from .resume import is_out_of_memory
 
 TICK_SECONDS = 0.2
-NOTICE_SECONDS = 3.0  # from an error of ours that a lost neighbour explains to the thread's knowing of it
+NOTICE_SECONDS = 3.0  # from an error of ours that a lost neighbour may explain to the thread's knowing of it
+BLAME_SECONDS = 20.0  # the same for an error that names a neighbour, which may still be freeing its memory
+NEIGHBOUR = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 END_SECONDS = 30.0  # for a worker that has said done to be gone
 
 
@@ -39,11 +42,15 @@ class Workers:
         self.ready: dict[int, dict[str, Any]] = {}
         self.done: set[int] = set()
         self.failure: Exception | None = None
-        self.changed, self.ending = threading.Condition(), False
+        self.changed, self.ending, self.judged = threading.Condition(), False, False
         self.thread = threading.Thread(target=self.listen, name="forgekit-workers", daemon=True)
 
-    def start(self, jobs: dict[int, tuple[dict[str, Any], bytes]]) -> None:
-        """Start a process for each rank and hand it its job: what it needs before it can read the rest, and the rest."""
+    def start(self, jobs: dict[int, tuple[dict[str, Any], bytes]], cuda: bool) -> None:
+        """Start a process for each rank, with a GPU of its own if `cuda`, and hand it its job.
+
+        Args:
+            jobs: rank -> what it needs before it can read the rest, and the rest.
+        """
         self.log_folder.mkdir(parents=True, exist_ok=True)
         for rank, (first, rest) in jobs.items():
             mine, its = socket.socketpair()
@@ -51,7 +58,7 @@ class Workers:
                 self.processes[rank] = subprocess.Popen(
                     [sys.executable, "-m", "forgekit.train.worker", str(its.fileno())],
                     pass_fds=[its.fileno()], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                    env=make_environment(rank),
+                    env=make_environment(rank, cuda),
                 )  # fmt: skip
                 self.lines[rank] = Connection(mine.detach())
             with suppress(OSError):  # it ended at once, and the thread will see that
@@ -119,6 +126,12 @@ class Workers:
             how = f"was killed by {signal.Signals(-code).name}" + (
                 "; out of memory is the usual cause" if code == -signal.SIGKILL else ""
             )
+        if rank not in self.ready:
+            return (
+                f"Process {process.pid}, which loaded the model as rank {rank} of {len(self.processes) + 1}, {how}, so no training "
+                f"began. All of them load it at once: the machine's memory has to hold it so many times while they do. "
+                f"Its log is {shorten_path(self.log_folder / f'rank{rank}.log')}."
+            )
         return (
             f"Process {process.pid}, which trained as rank {rank} of {len(self.processes) + 1}, {how}, so training stopped. "
             f"Its log is {shorten_path(self.log_folder / f'rank{rank}.log')}; the newest checkpoint is whole, and the run resumes from it."
@@ -126,11 +139,24 @@ class Workers:
 
     def explain(self, error: BaseException) -> BaseException:
         """Return the worker's error when the kernel's own is the mere consequence of it, else the kernel's own."""
-        if isinstance(error, ForgekitError) or not isinstance(error, RuntimeError) or is_memory(error):
+        if isinstance(error, ForgekitError) or not isinstance(error, RuntimeError) or is_out_of_memory(error):
             return error
+        blames = any(word in str(error) for word in NEIGHBOUR)
         with self.changed:
-            self.changed.wait_for(lambda: self.failure, NOTICE_SECONDS)
+            self.changed.wait_for(lambda: self.failure, BLAME_SECONDS if blames else NOTICE_SECONDS)
         return self.failure or error
+
+    @contextmanager
+    def judge(self) -> Iterator[None]:
+        """Find the cause of the block's error before the group is taken down, which the workers would report as theirs."""
+        try:
+            yield
+        except BaseException as error:
+            cause = self.explain(error)
+            self.judged = True
+            if cause is error:
+                raise
+            raise cause from None
 
     def finish(self) -> None:
         """Wait for processes that have said done."""
@@ -164,20 +190,13 @@ def open_workers(log_folder: Path, lost: Callable[[], None]) -> Iterator[Workers
     try:
         yield workers
     except BaseException as error:
-        cause = workers.explain(error)
+        cause = error if workers.judged else workers.explain(error)
         workers.close()
         if cause is error:
             raise
         raise cause from None
     workers.finish()
     workers.close()
-
-
-def is_memory(error: BaseException) -> bool:
-    """Say whether a GPU's memory did not suffice."""
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError)
 
 
 def rebuild_error(rank: int, message: dict[str, Any]) -> Exception:
@@ -189,19 +208,19 @@ def rebuild_error(rank: int, message: dict[str, Any]) -> Exception:
         return torch.OutOfMemoryError(f"rank {rank}: {words}")
     own = getattr(errors, kind, None)
     if isinstance(own, type) and issubclass(own, ForgekitError):
-        return own(words)
+        return own(f"rank {rank}: {words}")
     return RunError(f"Rank {rank} failed, so training stopped: {kind}: {words}")
 
 
-def make_environment(rank: int) -> dict[str, str]:
-    """Return a worker's environment: this process's, this forgekit, and of the GPUs that this process sees the one of its rank."""
+def make_environment(rank: int, cuda: bool) -> dict[str, str]:
+    """Return a worker's environment: this process's, this forgekit, and with `cuda` of the GPUs seen here the one of its rank."""
     import torch
 
     values = dict(os.environ)
     package = str(Path(__file__).absolute().parents[2])
     paths = [package, *filter(None, values.get("PYTHONPATH", "").split(os.pathsep))]
     values["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
-    if torch.cuda.is_available():
+    if cuda:
         seen = values.get("CUDA_VISIBLE_DEVICES", "").strip()
         names = seen.split(",") if seen else [str(number) for number in range(torch.cuda.device_count())]
         values["CUDA_VISIBLE_DEVICES"] = names[rank].strip()

@@ -195,3 +195,15 @@ def test_all_weights_can_learn_together(warm: Any) -> None:
         }
         assert warm.train(runs[-1], settings=settings) == 0, warm.log(runs[-1])
     assert find_difference(*(dict(warm.read_losses(run)) for run in runs)) < 1e-5
+
+
+@pytest.mark.slow
+def test_an_adapter_without_a_gradient_does_not_part_them(warm: Any) -> None:
+    """transformers passes by an adapter on AltUp's correction while it trains; DDP would wait for its gradient."""
+    runs = []
+    for gpus in (1, 2):
+        runs.append(warm.new_run())
+        settings = PLAIN | {"train.gpus": gpus, "adapter.layers": ["attention", "altup"]}
+        assert warm.train(runs[-1], settings=settings) == 0, warm.log(runs[-1])
+    assert find_difference(*(dict(warm.read_losses(run)) for run in runs)) < 1e-5
+    assert find_difference(*(read_weights(warm, run) for run in runs)) < 1e-4

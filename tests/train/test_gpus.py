@@ -87,18 +87,51 @@ def test_a_worker_gets_the_gpu_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> N
 
     from forgekit.train.workers import make_environment
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert make_environment(2)["CUDA_VISIBLE_DEVICES"] == "2"
+    assert make_environment(2, True)["CUDA_VISIBLE_DEVICES"] == "2"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, GPU-7f")
-    assert make_environment(1)["CUDA_VISIBLE_DEVICES"] == "GPU-7f"
+    assert make_environment(1, True)["CUDA_VISIBLE_DEVICES"] == "GPU-7f"
+    assert make_environment(3, False)["CUDA_VISIBLE_DEVICES"] == "5, GPU-7f"  # a run on the CPU takes none
+
+
+def test_what_may_be_left_without_a_gradient(make_config: Any) -> None:
+    from forgekit.adapter.plan import plan_layers
+    from forgekit.train.together import leaves_out
+
+    found = {
+        layers: leaves_out(plan_layers(make_config({"adapter.layers": [layers]})))
+        for layers in ("attention", "altup", "vision")
+    }
+    assert found == {"attention": False, "altup": True, "vision": True}
+
+
+def test_the_kernels_own_error_is_not_put_down_to_a_worker(tmp_path: Any) -> None:
+    """A worker complains of the broken connection as soon as the group is taken down; by then the cause is known."""
+    from forgekit.train import workers
+
+    def break_off(words: str, reported: RunError | None) -> BaseException:
+        with pytest.raises(Exception) as caught, workers.open_workers(tmp_path, lambda: None) as some, some.judge():
+            some.failure = reported
+            raise RuntimeError(words)
+        return caught.value
+
+    monkeypatched = pytest.MonkeyPatch()
+    monkeypatched.setattr(workers, "NOTICE_SECONDS", 0.01)
+    try:
+        assert str(break_off("the collator is wrong", None)) == "the collator is wrong"
+        lost = RunError("Process 7 was killed")
+        found = break_off("[gloo] Connection closed by peer", lost)
+        assert found is lost
+    finally:
+        monkeypatched.undo()
 
 
 def test_an_error_of_a_worker_is_the_same_error_here() -> None:
     import torch
 
-    assert type(rebuild_error(1, {"error": "DataError", "words": "cat.png"})) is DataError
+    broken = rebuild_error(1, {"error": "DataError", "words": "cat.png"})
+    assert type(broken) is DataError and str(broken) == "rank 1: cat.png"
     assert type(rebuild_error(1, {"error": "OutOfMemoryError", "words": "full"})) is torch.OutOfMemoryError
     other = rebuild_error(1, {"error": "ZeroDivisionError", "words": "division by zero"})
     assert type(other) is RunError and "Rank 1 failed, so training stopped: ZeroDivisionError: division by zero" in str(
