@@ -20,8 +20,8 @@ from ..runs.outcome import FAILED, GATES_FAILED, STOPPED
 from ..runs.supervise import Supervisor
 from ..scrub import scrub
 from .board import Board
-from .ends import GATES_CODE, USAGE_CODE, is_accident, name_end, read_ended, read_last_words
-from .entry import FINAL, PRUNED, RECORD, REFUSED, RUNNING, WAITING, Entry, describe_runs
+from .ends import GATES_CODE, USAGE_CODE, find_kept, is_accident, name_end, read_ended, read_last_words
+from .entry import ENDED, PRUNED, RECORD, REFUSED, RUNNING, WAITING, Entry, describe_runs
 from .job import Backend, End, Job, stop_all
 from .plan import Plan
 from .results import write_results
@@ -30,10 +30,8 @@ from .watch import Watch, read_if_there, read_score
 
 LOSSES = 5  # machines that one run may lose; it is not the run's fault, but a run that kills machines has to end
 TICK_SECONDS, LOOK_SECONDS = 0.2, 1.0
-START_SECONDS, START_TRIES = (
-    30.0,
-    5,
-)  # between two tries of a backend that takes no run, and how many while nothing runs
+# between two tries of a backend that takes no run, and how many such tries there are while nothing runs
+START_SECONDS, START_TRIES = 30.0, 5
 
 
 @dataclass
@@ -151,7 +149,8 @@ class Control:
         """Return the source's next point that is to be run and whose folder nobody has."""
         while (point := self.source.take()) is not None:
             entry = self.entries[point.name] = Entry(point, Watch(self.plan.root / point.name))
-            kept = self.find_kept(entry)
+            before = self.before.get(point.name, {}).get("state")
+            kept = find_kept(entry.watch.folder, before, self.source.pruned(point.name), self.only_missing)
             if kept:
                 self.keep(entry, kept)
             elif is_locked(entry.watch.folder):
@@ -160,17 +159,6 @@ class Control:
             else:
                 return entry
         return None
-
-    def find_kept(self, entry: Entry) -> str | None:
-        """Return the state of a run that needs nothing more, or None."""
-        name = entry.point.name
-        ended = read_ended(entry.watch.folder, self.only_missing)
-        if ended:
-            return ended
-        if self.source.pruned(name):
-            return PRUNED
-        state = self.before.get(name, {}).get("state")
-        return state if state in FINAL and state not in (DONE, PRUNED) and not self.only_missing else None
 
     def keep(self, entry: Entry, state: str) -> None:
         """Take a run's end over from before."""
@@ -214,8 +202,7 @@ class Control:
 
     def settle(self, entry: Entry, state: str, words: str | None = None) -> None:
         """Note a run's end and tell the source."""
-        scored = state in (DONE, GATES_FAILED)
-        score = read_score(entry.watch.folder, self.plan.score) if scored else None
+        score = read_score(entry.watch.folder, self.plan.score) if state in ENDED else None
         if state != STOPPED:  # a stopped one goes on with the next call
             self.source.close(entry.point.name, score, state == PRUNED)
         self.changed = True

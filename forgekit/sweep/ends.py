@@ -7,7 +7,7 @@ from typing import Any
 from ..run_folder import DONE
 from ..runs.outcome import CRASHED, FAILED, GATES_FAILED, STOPPED
 from ..runs.supervise import HUNG
-from .entry import LOST
+from .entry import FINAL, LOST, PRUNED
 from .job import TERMINATED, End
 from .plan import read_state
 
@@ -42,6 +42,14 @@ def read_ended(folder: Path, only_missing: bool) -> str | None:
     """
     state = read_state(folder)
     return state if state == DONE or state == GATES_FAILED and not only_missing else None
+
+
+def find_kept(folder: Path, before: str | None, pruned: bool, only_missing: bool) -> str | None:
+    """Return the state of a run that needs nothing more, or None; `before` is what an earlier call told of it."""
+    ended = read_ended(folder, only_missing)
+    if ended or pruned:
+        return ended or PRUNED
+    return before if before in FINAL and before not in (DONE, PRUNED) and not only_missing else None
 
 
 def read_last_words(log: Path) -> str | None:

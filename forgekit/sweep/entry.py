@@ -13,6 +13,7 @@ from .watch import Watch
 # beside the states of a run: not begun, begun, ended because others did better, exit code 2, no machine kept it
 WAITING, RUNNING, PRUNED, REFUSED, LOST = "waiting", "running", "pruned", "refused", "lost"
 FINAL = (DONE, PRUNED, REFUSED, LOST, FAILED, CRASHED, GATES_FAILED)
+ENDED = (DONE, GATES_FAILED)  # came to its end, and was scored
 RECORD = "sweep.json"
 
 

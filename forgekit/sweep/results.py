@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any
 from ..errors import RunError
 from ..evaluate.metrics import find_metric
 from ..files import current_umask, read_json, write_text
-from ..run_folder import DONE, SWEEPS, find_run_root, shorten_path
-from ..runs.outcome import GATES_FAILED
+from ..run_folder import SWEEPS, find_run_root, shorten_path
 from ..scrub import scrub
-from .entry import RECORD
+from .entry import ENDED, RECORD
 from .plan import NO_DIFFERENCE
 from .points import shorten_names
 from .watch import HELD_OUT_LOSS, Watch, read_if_there, read_metrics, read_score
@@ -83,7 +82,7 @@ class Results:
     @property
     def scored(self) -> list[dict[str, Any]]:
         """The rows whose runs came to their end with a score, the best first; of the others a score says less."""
-        return [row for row in self.rows if self.score and row.get(self.score) is not None and has_ended(row)]
+        return [row for row in self.rows if self.score and row.get(self.score) is not None and row["state"] in ENDED]
 
     @property
     def differences(self) -> "pandas.DataFrame":
@@ -209,7 +208,7 @@ def make_results(
         value, loss = row.get(score) if score else None, row.get(HELD_OUT_LOSS)
         sign = -1 if maximize else 1
         return (
-            not has_ended(row),
+            row["state"] not in ENDED,
             value is None,
             0.0 if value is None else sign * value,
             math.inf if loss is None else loss,
@@ -219,11 +218,6 @@ def make_results(
     curves = {row["run"]: Watch(root / row["run"]).read().curves for row in rows}
     settings = {row["run"]: read_settings(root / row["run"]) for row in rows}
     return Results(place, rows, changed, score, maximize, curves, settings)
-
-
-def has_ended(row: dict[str, Any]) -> bool:
-    """Say whether a run came to its end, and was not pruned, stopped, or broken off by an error."""
-    return row["state"] in (DONE, GATES_FAILED)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
