@@ -71,15 +71,16 @@ def test_a_backend_that_never_starts_anything_ends_the_sweep_and_it_is_not_compl
 def test_a_sweep_that_breaks_off_after_a_completed_run_is_not_completed(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def start(self: Local, job: Job) -> None:
-        if job.name != NAMES[0]:
-            raise MemoryError
-        Local.start(self, job)
+    class Breaking(Local):
+        def free(self) -> int:
+            if not self.running and Path("runs", NAMES[0]).exists():
+                raise MemoryError
+            return super().free()
 
-    use(monkeypatch, start)
+    monkeypatch.setattr("forgekit.sweep.local.Local", lambda slots, gpus: Breaking(slots, gpus, FAKE))
     with pytest.raises(MemoryError):
         sweep()
-    assert read_states()[LOW] == DONE and read_record()["state"] == "failed"
+    assert read_states() == {LOW: DONE} and read_record()["state"] == "failed"
 
 
 def test_a_backend_without_room_for_a_moment_does_not_end_the_sweep(
