@@ -71,7 +71,7 @@ class CaseWriter:
     """Writes a line for each case as its test ends, so that a suite that is broken off can go on (`--only-missing`)."""
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path = path.absolute()  # a test may stand in another folder as it ends
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Append the cases of a test."""
