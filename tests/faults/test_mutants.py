@@ -78,7 +78,7 @@ MUTANTS = {
     ),
     "lock": Mutant(
         "a run's folder is locked", "run_lock.py",
-        "        import fcntl\n\n        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)\n", "        import fcntl  # noqa: F401\n",
+        "            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)\n", "            return None\n",
         "test_run_lock.py::test_of_two_runs_in_one_folder_one_wins_each_time_and_the_loser_changes_nothing", "assert",
     ),
     "dead owner": Mutant(
