@@ -38,7 +38,11 @@ def train_fast(trainer: Any, config: Config, run: Run) -> None:
         compiled, why = choose_compile(trainer, config)
         first = trainer.args.gradient_accumulation_steps  # the batches of the first optimiser step
         path = enable_fast_path(
-            trainer.model, memory=choose_memory(config), compiled=compiled, uncompiled_batches=first
+            trainer.model,
+            memory=choose_memory(config),
+            compiled=compiled,
+            uncompiled_batches=first,
+            recorded=config.train.cuda_graphs != "off" and trainer.args.world_size == 1,  # seen on one GPU only
         )
         if path is None:
             if config.train.fast == "on":
