@@ -1,6 +1,7 @@
 """Speed and memory of one training step: forgekit's fast path, Unsloth, and transformers + TRL, on one GPU.
 
     python -m benchmarks.fast_path CHECKPOINT [--rows core | all | SHAPE ...] [--sides SIDE ...] [--out FILE]
+    python -m benchmarks.fast_path --groups CHECKPOINT=SIDE=SHAPE,SHAPE ... [--out FILE]     just these
     python -m benchmarks.fast_path_show FILE [--chart PNG]      the table and the picture of what FILE holds
 
 CHECKPOINT is a folder of Gemma 3n at full size; random weights do, because speed and memory do not depend on values. Each side
@@ -35,6 +36,7 @@ SHAPES: dict[str, tuple[int, int, float, str, str]] = {
 }
 CORE = ("4x1024-75", "1x1024-75", "8x2048-75", "4x1024-0")
 SIDES = ("unsloth", "trl", "forgekit-low-compiled-graphs-park", "forgekit-high-compiled-graphs")
+Group = tuple[str, str, list[str]]  # checkpoint, side, shapes: of one process
 STEPS = 11
 WARM = 4  # eager, compiled, recorded, and one more
 EPOCH = 200  # batches of the mixed row
@@ -96,7 +98,9 @@ def run_side(side: str, shapes: list[str], checkpoint: str, out: Path, turn: Pat
 
     if side.startswith("unsloth"):
         import unsloth  # noqa: F401
-    from benchmarks.sides import PARKED, Clock, load_side
+    from benchmarks.sides import PARKED, Clock, compare_recorded, load_side
+    from forgekit.train.fast_path import unwrap
+    from forgekit.train.tower_cache import cache_towers
 
     kind = SHAPES[shapes[0]][4]
     media = {SHAPES[shape][3] for shape in shapes} & {"image", "audio"}
@@ -115,6 +119,7 @@ def run_side(side: str, shapes: list[str], checkpoint: str, out: Path, turn: Pat
             row |= clock.measure(batches[2:] if epoch else batches, EPOCH - 2 if epoch else STEPS, warm)
             if "graphs" in side:  # which keep memory that torch does not count as allocated
                 row["peak_gib"] = row["reserved_gib"]
+                row["recorded_difference"] = compare_recorded(model, loss_of, batches[0])
             row |= count_floor(model, batches)
             row["tokens_per_s"] = round(row["tokens"] / row["ms"] * 1000)
             if epoch:  # with all that was compiled on the way
@@ -131,10 +136,21 @@ def run_side(side: str, shapes: list[str], checkpoint: str, out: Path, turn: Pat
                 torch.cuda.empty_cache()
             if turn and number == 0:
                 wait_for_turn(turn)
-        with open(out, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        print(describe(row), flush=True)
+        write_row(row, out)
+        medium = SHAPES[shape][3]
+        if side.startswith("forgekit") and medium in ("image", "audio") and "error" not in row:
+            with cache_towers(unwrap(model), {medium}):  # what a second epoch costs
+                warm = clock.warm_up(batches, 2)
+                again = row | {"side": f"{side}-cached"} | clock.measure(batches, STEPS, warm)
+            write_row(again | {"tokens_per_s": round(row["tokens"] / again["ms"] * 1000)}, out)
     PARKED.close()
+
+
+def write_row(row: dict[str, Any], out: Path) -> None:
+    """Append a row to the file, and print it."""
+    with open(out, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    print(describe(row), flush=True)
 
 
 def wait_for_turn(turn: Path) -> None:
@@ -170,11 +186,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def main(arguments: list[str]) -> None:
     """Measure what is missing, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint")
+    parser.add_argument("checkpoint", nargs="?")
+    parser.add_argument("--groups", nargs="+", default=[], help="CHECKPOINT=SIDE=SHAPE,SHAPE: a process for each")
     parser.add_argument("--rows", nargs="+", default=["core"], help=f"core, all, or of {', '.join(SHAPES)}")
     parser.add_argument("--sides", nargs="+", default=list(SIDES), help="see benchmarks/sides.py, load_side")
     parser.add_argument("--out", type=Path, default=Path("fast_path.jsonl"))
     parser.add_argument("--seconds", type=int, default=570, help="longest time of the whole call")
+    parser.add_argument(
+        "--warm-seconds", type=int, default=400, help="longest time that all wait for the last to be warm"
+    )
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # measure in this process
     parser.add_argument("--turn", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -183,23 +203,27 @@ def main(arguments: list[str]) -> None:
         run_side(options.sides[0], list(wanted), options.checkpoint, options.out, options.turn)
         return
     print(HEAD, flush=True)
-    groups = []
-    for side in options.sides:
+    if not (options.checkpoint or options.groups):
+        parser.error("name a checkpoint, or groups")
+    groups: list[Group] = []
+    for checkpoint, side, shapes in (group.split("=") for group in options.groups):
+        groups.append((checkpoint, side, shapes.split(",")))
+    for side in options.sides if not groups else ():
         done = {row["shape"] for row in read_rows(options.out) if row["side"] == side and row["checkpoint"] == Path(options.checkpoint).name and "error" not in row}  # fmt: skip
         for load_in in ("16bit", "4bit"):
             missing = [shape for shape in wanted if SHAPES[shape][4] == load_in and shape not in done]
             parts = [[shape] for shape in missing] if side == "unsloth" else [missing] if missing else []
-            groups += [(side, part) for part in parts]
+            groups += [(options.checkpoint, side, part) for part in parts]
     with tempfile.TemporaryDirectory(prefix=time.strftime("call-%H%M%S-")) as folder:
         run_in_turn(groups, options, Path(folder))
 
 
-def run_in_turn(groups: list[tuple[str, list[str]]], options: argparse.Namespace, folder: Path) -> None:
+def run_in_turn(groups: list[Group], options: argparse.Namespace, folder: Path) -> None:
     """Start a process for each side and its shapes; when all are warm, or have failed, let one after the other measure."""
     started = time.monotonic()
     processes = []
-    for number, (side, shapes) in enumerate(groups):
-        command = [sys.executable, "-m", "benchmarks.fast_path", options.checkpoint, "--here", "--sides", side]
+    for number, (checkpoint, side, shapes) in enumerate(groups):
+        command = [sys.executable, "-m", "benchmarks.fast_path", checkpoint, "--here", "--sides", side]
         command += ["--out", str(options.out), "--turn", str(folder / f"{number}"), "--rows", *shapes]
         processes.append(subprocess.Popen(command, env=dict(os.environ)))
 
@@ -210,16 +234,19 @@ def run_in_turn(groups: list[tuple[str, list[str]]], options: argparse.Namespace
         waiting = dict(enumerate(processes))
         while waiting and not is_over():
             waiting = {n: p for n, p in waiting.items() if p.poll() is None and not (folder / f"{n}.ready").exists()}
+            if time.monotonic() - started > options.warm_seconds:
+                break
             time.sleep(0.2)
-        print(f"    all warm after {time.monotonic() - started:.0f} s", flush=True)
-        late = list(waiting)  # these measure last, and are cut off with the rest
+        late = list(waiting)  # these measure last, if they come to it
+        late_sides = f", but for {', '.join(groups[n][1] for n in late)}" if late else ""
+        print(f"    all warm after {time.monotonic() - started:.0f} s{late_sides}", flush=True)
         for number in [n for n in range(len(processes)) if n not in late] + late:
             (folder / f"{number}.go").touch()
             while processes[number].poll() is None and not is_over():
                 time.sleep(0.1)
             code = processes[number].poll()
             if code != 0:
-                print(f"    {groups[number][0]} {groups[number][1]}: " + ("cut off" if code is None else f"ended with code {code}"), flush=True)  # fmt: skip
+                print(f"    {' '.join(map(str, groups[number]))}: " + ("cut off" if code is None else f"ended with code {code}"), flush=True)  # fmt: skip
     finally:
         for process in processes:
             process.kill()

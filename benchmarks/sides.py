@@ -93,7 +93,7 @@ def load_trl(model: Any, keep: bool) -> tuple[Any, Step]:
 def load_forgekit(model: Any, words: list[str], media: set[str]) -> tuple[Any, Step]:
     """forgekit's fast path on transformers + PEFT."""
     from forgekit.train.fast_path import enable_fast_path
-    from forgekit.train.park import park_table, park_towers
+    from forgekit.train.park import compact, park_table, park_towers
 
     memory, *options = words
     kernel = next((word for word in options if word in ("flash", "padded")), "auto")
@@ -105,9 +105,38 @@ def load_forgekit(model: Any, words: list[str], media: set[str]) -> tuple[Any, S
     if "park" in options:
         PARKED.enter_context(park_towers(path.base, media))
         PARKED.enter_context(park_table(path.text))
-        torch.cuda.empty_cache()
+        compact(path.base)
         print(f"    {torch.cuda.memory_allocated() / 2**30:.2f} GiB of weights on the GPU", flush=True)
     return model, lambda batch: model(**batch, use_cache=False).loss
+
+
+def compare_recorded(model: Any, loss_of: Step, batch: dict[str, torch.Tensor]) -> float | None:
+    """Return the largest relative difference of a gradient by a recording and by the same kernels launched one by one.
+
+    None where the batch has no recording. Flash attention adds up its gradients in any order, so it is not zero.
+    """
+    from forgekit.train.fast_path import get_fast_path
+    from forgekit.train.trial import changed
+
+    path = get_fast_path(model)
+    if path is None or path.graphs is None:
+        return None
+
+    def find_gradients() -> list[torch.Tensor]:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = loss_of(batch)
+        loss.backward()
+        found = [p.grad.float().clone() for p in model.parameters() if p.grad is not None]
+        model.zero_grad(set_to_none=True)
+        return found
+
+    before = path.graphs.batches
+    recorded = find_gradients()
+    if path.graphs.batches == before:
+        return None
+    with changed([path.graphs], "why_not", "compared"):
+        launched = find_gradients()
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(recorded, launched, strict=True) if b.norm() > 0)
 
 
 class Clock:

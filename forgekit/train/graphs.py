@@ -97,10 +97,29 @@ class Graphs:
             self.record(key, decode, x, per_layer, rows)
         recording = self.recordings.get(key)
         if recording is None or (self.ticket is not None and self.ticket() is not None):
-            return decode(x, per_layer, rows)
+            return self.run_unrecorded(decode, x, per_layer, rows)
         self.batches += 1
         torch._foreach_copy_(recording.numbers, list_numbers(rows))
         return Run.apply(self, recording, x, per_layer, *self.weights)
+
+    def run_unrecorded(
+        self, decode: Decode, x: torch.Tensor, per_layer: torch.Tensor | None, rows: Rows
+    ) -> torch.Tensor:
+        """Return what `decode` returns; where the memory of the recordings is missing for it, they give it back for good."""
+        try:
+            return decode(x, per_layer, rows)
+        except torch.OutOfMemoryError:
+            if not self.recordings:
+                raise
+        self.give_up("a batch without a recording needs their memory")
+        torch.cuda.empty_cache()
+        return decode(x, per_layer, rows)
+
+    def give_up(self, why: str) -> None:
+        """Record nothing any more, and say why, once."""
+        self.why_not = why
+        self.forget()
+        print(f"fast path: no CUDA graphs, because {why}", flush=True)
 
     def look_at_model(self) -> None:
         """Forget all recordings when weights have moved, others learn, or adapters were switched: a recording knows addresses."""
@@ -133,19 +152,16 @@ class Graphs:
             if cuda:
                 self.check_room(x.device)
         except RuntimeError as error:
-            self.why_not = f"recording failed: {str(error).strip().splitlines()[0]}"
+            self.give_up(f"recording failed: {str(error).strip().splitlines()[0]}")
         finally:
             self.recording = False
-        if self.why_not:
-            self.forget()
-            print(f"fast path: no CUDA graphs, because {self.why_not}", flush=True)
 
     def check_room(self, device: torch.device) -> None:
-        """Give up recording where a batch of another shape, which comes first without one, might not fit beside it."""
+        """Give up where a batch of another shape, which comes without a recording at first, might not fit beside them."""
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) - self.held
         if free + max(0, unused) < self.held:
-            self.why_not = f"{free / 2**30:.1f} GiB are free beside the {self.held / 2**30:.1f} GiB of a recording"
+            self.give_up(f"{free / 2**30:.1f} GiB are free beside the {self.held / 2**30:.1f} GiB of the recordings")
 
     def make_recording(self, decode: Decode, x: torch.Tensor, per_layer: torch.Tensor | None, rows: Rows) -> Recording:
         """Record forward and backward of one shape.

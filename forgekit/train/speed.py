@@ -76,7 +76,7 @@ def weigh_tokens_alike(trainer: Any) -> None:
 @contextlib.contextmanager
 def park_weights(trainer: Any, config: Config, path: Any) -> Iterator[None]:
     """Free the GPU of towers that no row feeds, and of the per-layer table where `model.offload_ple` says so."""
-    from .park import park_table, park_towers
+    from .park import compact, park_table, park_towers
 
     switch = config.model.offload_ple
     offload = choose_memory(config) == "low" if switch == "auto" else switch == "on"
@@ -85,6 +85,8 @@ def park_weights(trainer: Any, config: Config, path: Any) -> Iterator[None]:
             parked = stack.enter_context(park_towers(path.base, find_media(trainer.train_dataset)))
             if offload and stack.enter_context(park_table(path.text)):
                 parked.append("per-layer table")
+            if parked and path.graphs:
+                compact(path.base)
             if parked:
                 print(f"in the machine's memory while training: {', '.join(parked)}")
         yield
