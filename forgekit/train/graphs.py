@@ -58,8 +58,8 @@ class Recording:
 class Graphs:
     """The recordings of one Gemma3nTextModel.
 
-    longest: tokens of the longest batch that is recorded. capture: makes a recording. why_not: set once recording has failed or cannot be. ticket: held by the batch whose backward is
-    still to come. turn: number of the batch that the shared memory belongs to.
+    longest: tokens of the longest batch that is recorded. capture: makes a recording. why_not: set once recording has failed or
+    cannot be. ticket: held by the batch whose backward is still to come. turn: number of the batch that the shared memory belongs to.
     """
 
     text: Any
@@ -93,10 +93,12 @@ class Graphs:
         key = describe_shape(x, per_layer, rows)
         self.look_at_model()
         self.seen[key] += 1
+        if self.ticket is not None and self.ticket() is not None:  # the shared memory is another batch's
+            return self.run_unrecorded(decode, x, per_layer, rows)
         if key not in self.recordings and self.seen[key] >= SEEN and len(self.recordings) < SHAPES:
             self.record(key, decode, x, per_layer, rows)
         recording = self.recordings.get(key)
-        if recording is None or (self.ticket is not None and self.ticket() is not None):
+        if recording is None:
             return self.run_unrecorded(decode, x, per_layer, rows)
         self.batches += 1
         torch._foreach_copy_(recording.numbers, list_numbers(rows))
