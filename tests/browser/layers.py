@@ -1,6 +1,7 @@
 """What the browser tests do with the layer panel: switch a tower, type a range, press a preset, read totals and times."""
 
 import re
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ CLICK = """(button) => new Promise((answer, fail) => {
     setTimeout(() => fail(new Error('no new totals in 20 s')), 20000);
     button.click();
 })"""
+
+SETTLE_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -96,8 +99,19 @@ def type_layers(panel: Any, text: str) -> Change:
 
 
 def count_cells(panel: Any) -> list[int]:
-    """Return the layers that the strip shows as learning."""
-    return [int(cell.inner_text().split()[0]) for cell in panel.locator(".fk-cell.fk-on").all()]
+    """Return the layers that the strip shows as learning; cells are coloured one by one, so once two looks in a row agree."""
+    found, before = read_cells(panel), None
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while found != before and time.monotonic() < deadline:
+        panel.page.wait_for_timeout(300)
+        found, before = read_cells(panel), found
+    return found
+
+
+def read_cells(panel: Any) -> list[int]:
+    """Return the layers that the strip shows as learning at this moment, read in one go."""
+    texts: list[str] = panel.locator(".fk-cell.fk-on").all_inner_texts()
+    return [int(text.split()[0]) for text in texts]
 
 
 def time_click(button: Any) -> float:
