@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .decoder import Call, run_calls, run_decoder
+from .decoder import GATHER, Call, run_calls, run_decoder
 from .loss import TokenLosses, measure_tokens, score_logits
 from .recompute import Memory, plan_memory, recompute
 from .rows import Rows, choose_rows
@@ -140,6 +140,8 @@ def wrap_text(library: Callable[..., Any], path: "FastPath") -> Any:
             embedded, per_layer = self.embed_tokens(ids), self.get_per_layer_inputs(ids)
         kept = path.memory if path.compiles == path.compiled else "low"  # what fits compiled may not fit before
         memory = plan_memory(kept, path.rows.flat.device, path.rows.tokens, path.compiles)
+        if GATHER in vars(self.layers[0]):
+            memory.span = 1  # processes gather weights in one and the same order, whatever their memory lets them keep
         run = functools.partial(run_block, path, memory)
         hidden = run_decoder(self, embedded, per_layer, path.rows, path.windows, path.kernel, run, memory.span, path.layers)  # fmt: skip
         return BaseModelOutputWithPast(last_hidden_state=hidden[None])

@@ -50,7 +50,7 @@ def train_together(
             trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps, size
         )
         set_batch(trainer, rows, accumulated)
-        find_unused = leaves_out(plan)
+        find_unused, sharded = leaves_out(plan), config.model.load_in == "full"
         with (
             tempfile.TemporaryDirectory(prefix="forgekit-") as folder,
             open_workers(run.path / "logs", abort_group) as workers,
@@ -58,7 +58,7 @@ def train_together(
             say(f"Starting {size - 1} more processes, each loads the model; their logs are logs/rank1.log and so on.")
             first: dict[str, Any] = {
                 "size": size, "meeting": str(Path(folder) / "meeting"), "checkpoint": resume_from_checkpoint, "rows": rows,
-                "accumulated": accumulated, "find_unused": find_unused, "run": str(run.path), "path": list_imports(),
+                "accumulated": accumulated, "find_unused": find_unused, "sharded": sharded, "run": str(run.path), "path": list_imports(),
             }  # fmt: skip
             rest = pack_job(config, data)
             workers.start(
@@ -70,7 +70,7 @@ def train_together(
                 f"{rows * accumulated} rows a step."
             )
             run.update(processes={"number": size, "rows": rows, "accumulated": accumulated // size})
-            with join_group(trainer, 0, size, Path(first["meeting"]), find_unused), workers.judge():
+            with join_group(trainer, 0, size, Path(first["meeting"]), find_unused, sharded), workers.judge():
                 return train(resume_from_checkpoint, *args, **kwargs)
 
     trainer.train = train_in_group
