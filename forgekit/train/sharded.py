@@ -25,12 +25,12 @@ from .fast_path import find_text
 class Shards:
     """The parts of a model's weights that one process keeps.
 
-    model: the whole one, whose learned weights are empty from `shard` to `put_back`. twin: the one that is trained.
+    model: the whole one, whose learned weights are empty from `shard` (`parted`) to `put_back`. twin: the one that is trained.
     """
 
     def __init__(self, model: Any):
         """Make the twin, which has the model's own weights until `shard`."""
-        self.model, self.twin = model, copy_modules(model)
+        self.model, self.twin, self.parted = model, copy_modules(model), False
 
     def shard(self) -> None:
         """Let the twin keep this process's part of each weight, and the model none; call it once the weights are those to begin with."""
@@ -50,8 +50,8 @@ class Shards:
             register_fsdp_forward_method(layer, GATHER)
         # the library clamps what was gathered, and a clamp that is to last concerns the parts
         self.twin.register_forward_pre_hook(lambda *_: clamp_coefficients(text))
-        for parameter in learned:
-            parameter.data = parameter.data.new_empty(0)
+        empty(self.model)
+        self.parted = True
 
     def gather(self, kept: bool) -> dict[str, torch.Tensor]:
         """Return the whole weights and buffers by name, on the CPU and tied ones as one, if `kept`; every process takes part."""
@@ -71,6 +71,13 @@ class Shards:
             if mine.requires_grad:
                 whole = its.detach().full_tensor()
                 mine.data = whole if kept else mine.data
+
+
+def empty(model: Any) -> None:
+    """Let go the numbers of all weights that learn: whatever uses them after that fails, and nothing is computed with wrong ones."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.new_empty(0)
 
 
 def run_in(layer: Any, step: Any, *arguments: Any) -> Any:
@@ -155,10 +162,14 @@ def load_moments(optimizer: Any, file: Path) -> None:
 def share_out(trainer: Any, group: Any) -> Iterator[None]:
     """Let a trainer train the twin of its model; rank 0's model has the trained weights behind it.
 
-    When the block fails, the other processes' parts are gone, and the model keeps no weight that learned: `Checkpoints` knows.
+    When the block fails, the other processes' parts are gone, and the model keeps no weight that learned. `checkpoints.lost` says so
+    until the weights of a checkpoint are read into it, which happens in here, too.
     """
-    model = trainer.model
-    sizes = [parameter.shape for parameter in model.parameters()]
+    model, lost = trainer.model, trainer.checkpoints.lost
+    sizes = lost or [parameter.shape for parameter in model.parameters()]
+    for parameter, size in zip(model.parameters(), sizes, strict=True):
+        if parameter.shape != size:
+            parameter.data = parameter.data.new_empty(size)
     group.shards = Shards(model)
     trainer.model = group.shards.twin
     try:
@@ -166,26 +177,17 @@ def share_out(trainer: Any, group: Any) -> Iterator[None]:
         trainer.optimizer = trainer.lr_scheduler = None  # moments make room for whole weights
         group.shards.put_back(group.rank == 0)
     finally:
-        lost = any(p.shape != size for p, size in zip(model.parameters(), sizes, strict=True))
-        trainer.checkpoints.lost = sizes if lost else None
+        if lost and not group.shards.parted:
+            empty(model)
+        trainer.checkpoints.lost = sizes if [parameter.shape for parameter in model.parameters()] != sizes else None
         trainer.model, group.shards, trainer.optimizer, trainer.lr_scheduler = model, None, None, None
         for name in ("model", "optimizer", "lr_scheduler"):
             setattr(trainer.callback_handler, name, getattr(trainer, name))
+        if trainer.checkpoints.lost and not group.rank:
+            print(
+                "The weights that learned were shared over processes that are gone: the model here has none until it is loaded again, or "
+                "trains on from a checkpoint.",
+                flush=True,
+            )
     if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
         trainer._load_best_model()
-
-
-def make_room(trainer: Any, checkpoint: Any) -> None:
-    """Give a model that lost its weights empty ones for those of a checkpoint to go into. Raises RunError without one."""
-    sizes = trainer.checkpoints.lost
-    if sizes is None:
-        return
-    if checkpoint is None:
-        raise RunError(
-            "The weights that learned were shared over processes that are gone, and there is no checkpoint of them: load the model "
-            "again (in a notebook, from load_model on)."
-        )
-    for parameter, size in zip(trainer.model.parameters(), sizes, strict=True):
-        if parameter.shape != size:
-            parameter.data = parameter.data.new_empty(size)
-    trainer.checkpoints.lost = None

@@ -12,8 +12,8 @@ from typing import Any
 
 from ..adapter.plan import LayerPlan
 from ..config import Config
-from ..errors import ConfigError, ModelError
-from ..hardware import choose_device
+from ..errors import ConfigError, ModelError, RunError
+from ..hardware import choose_device, shares_weights
 from ..run_folder import Run
 from .group import abort_group, join_group
 from .resume import set_batch
@@ -46,11 +46,12 @@ def train_together(
 
     @functools.wraps(train)
     def train_in_group(resume_from_checkpoint: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        check_weights(trainer, resume_from_checkpoint)
         rows, accumulated = split_batch(
             trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps, size
         )
         set_batch(trainer, rows, accumulated)
-        find_unused, sharded = leaves_out(plan), config.model.load_in == "full"
+        find_unused, sharded = leaves_out(plan), shares_weights(config)
         with (
             tempfile.TemporaryDirectory(prefix="forgekit-") as folder,
             open_workers(run.path / "logs", abort_group) as workers,
@@ -74,6 +75,15 @@ def train_together(
                 return train(resume_from_checkpoint, *args, **kwargs)
 
     trainer.train = train_in_group
+
+
+def check_weights(trainer: Any, checkpoint: str | None) -> None:
+    """Raise RunError when a training that failed took the model's weights with it, and no checkpoint brings them back."""
+    if trainer.checkpoints.lost and checkpoint is None:
+        raise RunError(
+            "The weights that learned were shared over processes that are gone, and there is no checkpoint of them: load the model "
+            "again (in a notebook, from load_model on)."
+        )
 
 
 def check_gpus(config: Config) -> None:
