@@ -25,12 +25,16 @@ from .fast_path import find_text
 class Shards:
     """The parts of a model's weights that one process keeps.
 
-    model: the whole one, whose learned weights are empty from `shard` (`parted`) to `put_back`. twin: the one that is trained.
+    model: the whole one. weights: its own, those that learn empty from `shard` (`parted`) to `put_back`. twin: the one that is
+    trained.
     """
 
     def __init__(self, model: Any):
         """Make the twin, which has the model's own weights until `shard`."""
         self.model, self.twin, self.parted = model, copy_modules(model), False
+        self.weights, self.modules = list(model.parameters()), vars(model)["_modules"]
+        # TRL's forward, which the twin has too, calls the one that this very model had before
+        vars(model)["_modules"] = vars(self.twin)["_modules"]
 
     def shard(self) -> None:
         """Let the twin keep this process's part of each weight, and the model none; call it once the weights are those to begin with."""
@@ -50,7 +54,7 @@ class Shards:
             register_fsdp_forward_method(layer, GATHER)
         # the library clamps what was gathered, and a clamp that is to last concerns the parts
         self.twin.register_forward_pre_hook(lambda *_: clamp_coefficients(text))
-        empty(self.model)
+        empty(self.weights)
         self.parted = True
 
     def gather(self, kept: bool) -> dict[str, torch.Tensor]:
@@ -67,15 +71,19 @@ class Shards:
     def put_back(self, kept: bool) -> None:
         """Give the model its weights, whole and trained, if `kept`; every process takes part."""
         reshard(self.twin)
-        for mine, its in zip(self.model.parameters(), self.twin.parameters(), strict=True):
+        for mine, its in zip(self.weights, self.twin.parameters(), strict=True):
             if mine.requires_grad:
                 whole = its.detach().full_tensor()
                 mine.data = whole if kept else mine.data
 
+    def close(self) -> None:
+        """Part the model from its twin."""
+        vars(self.model)["_modules"] = self.modules
 
-def empty(model: Any) -> None:
-    """Let go the numbers of all weights that learn: whatever uses them after that fails, and nothing is computed with wrong ones."""
-    for parameter in model.parameters():
+
+def empty(weights: list[Any]) -> None:
+    """Let go the numbers of weights that learn: whatever uses them after that fails, and nothing is computed with wrong ones."""
+    for parameter in weights:
         if parameter.requires_grad:
             parameter.data = parameter.data.new_empty(0)
 
@@ -177,8 +185,9 @@ def share_out(trainer: Any, group: Any) -> Iterator[None]:
         trainer.optimizer = trainer.lr_scheduler = None  # moments make room for whole weights
         group.shards.put_back(group.rank == 0)
     finally:
+        group.shards.close()
         if lost and not group.shards.parted:
-            empty(model)
+            empty(group.shards.weights)
         trainer.checkpoints.lost = sizes if [parameter.shape for parameter in model.parameters()] != sizes else None
         trainer.model, group.shards, trainer.optimizer, trainer.lr_scheduler = model, None, None, None
         for name in ("model", "optimizer", "lr_scheduler"):

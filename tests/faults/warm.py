@@ -118,7 +118,9 @@ def look_back(trainer: Any, model: Any) -> None:
     import torch
     from safetensors.torch import load_file
 
-    saved = load_file(trainer.checkpoints.folder / f"checkpoint-{trainer.state.global_step}" / "model.safetensors")
+    state = trainer.state
+    last = state.best_global_step if trainer.args.load_best_model_at_end else state.global_step
+    saved = load_file(trainer.checkpoints.folder / f"checkpoint-{last}" / "model.safetensors")
     assert trainer.model is model and trainer.model_wrapped is model and trainer.group is None
     assert not any(type(module).__name__.startswith("FSDP") for module in model.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -126,7 +128,7 @@ def look_back(trainer: Any, model: Any) -> None:
     assert weights.keys() == saved.keys()
     assert all(type(w) is torch.nn.Parameter and torch.equal(w.data, saved[n]) for n, w in weights.items())
     assert trainer.evaluate(eval_dataset=trainer.train_dataset.select(range(2)))["eval_loss"] > 0
-    print("whole again", flush=True)
+    print("whole again, best", state.best_global_step, flush=True)
 
 
 def at_step(trainer: Any, step: int, act: Any) -> None:
