@@ -1,6 +1,7 @@
 """Several processes that take the same optimiser steps: who they are, what they tell each other, and how a trainer joins them.
 
-Gradients go through accelerate and torch's DistributedDataParallel (NCCL between GPUs, gloo between CPUs). What the processes
+Gradients go through accelerate and torch's DistributedDataParallel, or where all weights learn through its FSDP2 (sharded.py), by NCCL
+between GPUs and gloo between CPUs. What the processes
 agree on beside them (losses, whether to stop or save) goes through gloo, which notices within moments that one is gone: each step
 waits for it before weights change.
 """

@@ -1,4 +1,4 @@
-"""`train.gpus`: `trainer.train` as one of several processes, each with a GPU and a copy of the model of its own.
+"""`train.gpus`: `trainer.train` as one of several processes, each with a GPU of its own, and a copy of the model or a part of it.
 
 The notebook goes on before and after with its own model alone. What a step learns from does not depend on the number of processes,
 so a run may also be resumed with another number.
