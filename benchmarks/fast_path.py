@@ -1,11 +1,13 @@
 """Speed and memory of one training step: forgekit's fast path, Unsloth, and transformers + TRL, on one GPU.
 
     python -m benchmarks.fast_path CHECKPOINT [--rows core | all | SHAPE ...] [--sides SIDE ...] [--out FILE]
+    python -m benchmarks.fast_path --groups CHECKPOINT=SIDE=SHAPE,SHAPE ... [--out FILE]     just these
     python -m benchmarks.fast_path_show FILE [--chart PNG]      the table and the picture of what FILE holds
 
 CHECKPOINT is a folder of Gemma 3n at full size; random weights do, because speed and memory do not depend on values. Each side
-runs in a process of its own and measures its shapes one after the other; every row is printed and appended to FILE (JSON lines)
-as it is done, and rows that FILE holds are not measured again, so a run can be cut at any time and taken up.
+runs in a process of its own (Unsloth, which compiles anew for each shape, in one for each); all load and compile at the same time, and
+then measure in turn while the others wait, so that all rows of a call are of one machine in one state. Every row is printed and appended
+to FILE (JSON lines) as it is done, and rows that FILE holds are not measured again, so a run can be cut at any time and taken up.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -32,8 +35,10 @@ SHAPES: dict[str, tuple[int, int, float, str, str]] = {
     "mixed-epoch": (4, 1024, 0.75, "mixed", "16bit"),
 }
 CORE = ("4x1024-75", "1x1024-75", "8x2048-75", "4x1024-0")
-SIDES = ("forgekit-high-compiled", "forgekit-low-compiled-park", "trl", "unsloth")
+SIDES = ("unsloth", "trl", "forgekit-low-compiled-graphs-park", "forgekit-high-compiled-graphs")
+Group = tuple[str, str, list[str]]  # checkpoint, side, shapes: of one process
 STEPS = 11
+WARM = 4  # eager, compiled, recorded, and one more
 EPOCH = 200  # batches of the mixed row
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, from the makers' data sheets
 
@@ -82,40 +87,80 @@ def count_floor(model: Any, batches: list[dict[str, Any]]) -> dict[str, float]:
     return {"tokens": real, "learned": learned, "floor_tflop": flops / 1e12}
 
 
-def run_side(side: str, shapes: list[str], checkpoint: str, out: Path) -> None:
-    """Measure shapes with one stack in this process, and append a line for each."""
+def run_side(side: str, shapes: list[str], checkpoint: str, out: Path, turn: Path | None = None) -> None:
+    """Measure shapes with one stack in this process, and append a line for each.
+
+    Args:
+        turn: a name of files: `.ready` is made when the first shape is warm, and `.go` waited for before anything is timed.
+    """
     started = time.perf_counter()
     import torch
 
     if side.startswith("unsloth"):
         import unsloth  # noqa: F401
-    from benchmarks.sides import PARKED, load_side, measure
+    from benchmarks.sides import PARKED, Clock, compare_recorded, load_side
+    from forgekit.train.fast_path import unwrap
+    from forgekit.train.tower_cache import cache_towers
 
     kind = SHAPES[shapes[0]][4]
     media = {SHAPES[shape][3] for shape in shapes} & {"image", "audio"}
     model, loss_of = load_side(side, checkpoint, kind, media)
     loaded = time.perf_counter() - started
     print(f"    {side}: imported and loaded in {loaded:.0f} s", flush=True)
+    clock = Clock(model, loss_of)
     for number, shape in enumerate(shapes):
         row: dict[str, Any] = {"side": side, "shape": shape, "checkpoint": Path(checkpoint).name}
+        epoch = shape == "mixed-epoch"
         try:
-            batches = [make_batch(shape, seed, model.config) for seed in range(EPOCH if shape == "mixed-epoch" else 2)]
-            steps = EPOCH - 2 if shape == "mixed-epoch" else STEPS
-            row |= measure(model, loss_of, batches, steps) | count_floor(model, batches)
+            batches = [make_batch(shape, seed, model.config) for seed in range(EPOCH if epoch else 2)]
+            warm = clock.warm_up(batches, 2 if epoch else WARM)
+            if turn and number == 0:
+                wait_for_turn(turn)
+            row |= clock.measure(batches[2:] if epoch else batches, EPOCH - 2 if epoch else STEPS, warm)
+            if "graphs" in side:  # which keep memory that torch does not count as allocated
+                row["peak_gib"] = row["reserved_gib"]
+                row["recorded_difference"] = compare_recorded(model, loss_of, batches[0])
+            row |= count_floor(model, batches)
             row["tokens_per_s"] = round(row["tokens"] / row["ms"] * 1000)
+            if epoch:  # with all that was compiled on the way
+                row["epoch_tokens_per_s"] = round(row["tokens"] * EPOCH / row["all_steps_s"])
             device = torch.cuda.get_device_name()
             peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
             row["utilisation"] = round(row["floor_tflop"] * 1e12 / (row["ms"] / 1000) / peak, 3) if peak else None
             row |= {"device": device, "torch": torch.__version__, "load_s": round(loaded, 1), "cold": number == 0}
+            row |= {"date": time.strftime("%Y-%m-%d"), "call": turn.parent.name if turn else None}
             row["cold_first_step_s"] = round(loaded + row["first_step_s"], 1) if number == 0 else None
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:  # the next shape may well run
             row["error"] = f"{type(error).__name__}: {str(error).strip()[:400]}"
             if isinstance(error, torch.OutOfMemoryError):
                 torch.cuda.empty_cache()
-        with open(out, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        print(describe(row), flush=True)
+            if turn and number == 0:
+                wait_for_turn(turn)
+        write_row(row, out)
+        medium = SHAPES[shape][3]
+        if side.startswith("forgekit") and medium in ("image", "audio") and "error" not in row:
+            with cache_towers(unwrap(model), {medium}):  # what a second epoch costs
+                warm = clock.warm_up(batches, 2)
+                again = row | {"side": f"{side}-cached"} | clock.measure(batches, STEPS, warm)
+            write_row(again | {"tokens_per_s": round(row["tokens"] / again["ms"] * 1000)}, out)
     PARKED.close()
+
+
+def write_row(row: dict[str, Any], out: Path) -> None:
+    """Append a row to the file, and print it."""
+    with open(out, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    print(describe(row), flush=True)
+
+
+def wait_for_turn(turn: Path) -> None:
+    """Give memory back, say that this process is warm, and wait until it is its turn."""
+    import torch
+
+    torch.cuda.empty_cache()
+    turn.with_suffix(".ready").touch()
+    while not turn.with_suffix(".go").exists():
+        time.sleep(0.1)
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -124,14 +169,12 @@ def describe(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{head} {row['error'][:200]} | | | | | |"
     return (
-        f"{head} {row['ms']:.0f} ms ({row['ms_min']:.0f} to {row['ms_max']:.0f}) | {row['tokens_per_s']:,} | {row['peak_gib']:.2f} GiB "
+        f"{head} {row['ms']:.0f} ms ({row['ms_min']:.0f} to {row['ms_max']:.0f}) | {row['tokens_per_s']:,} | {row['peak_gib']:.2f} ({row['reserved_gib']:.2f}) GiB "
         f"| {row['first_step_s']:.0f} s, {row['slow_steps_s']:.0f} s in slow steps | {row['utilisation'] or 0:.0%} | {row['loss']:.3f} |"
     )
 
 
-HEAD = (
-    "| shape | side | step | tokens/s | peak | first step | of peak FLOP/s | loss |\n|---|---|---|---|---|---|---|---|"
-)
+HEAD = "| shape | side | step | tokens/s | peak (reserved) | first step | of peak FLOP/s | loss |\n|---|---|---|---|---|---|---|---|"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -143,36 +186,71 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def main(arguments: list[str]) -> None:
     """Measure what is missing, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint")
+    parser.add_argument("checkpoint", nargs="?")
+    parser.add_argument("--groups", nargs="+", default=[], help="CHECKPOINT=SIDE=SHAPE,SHAPE: a process for each")
     parser.add_argument("--rows", nargs="+", default=["core"], help=f"core, all, or of {', '.join(SHAPES)}")
     parser.add_argument("--sides", nargs="+", default=list(SIDES), help="see benchmarks/sides.py, load_side")
     parser.add_argument("--out", type=Path, default=Path("fast_path.jsonl"))
-    parser.add_argument("--seconds", type=int, default=570, help="longest time of one side")
+    parser.add_argument("--seconds", type=int, default=570, help="longest time of the whole call")
+    parser.add_argument(
+        "--warm-seconds", type=int, default=400, help="longest time that all wait for the last to be warm"
+    )
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # measure in this process
+    parser.add_argument("--turn", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     wanted = {"core": CORE, "all": tuple(SHAPES)}.get(options.rows[0], tuple(options.rows))
     if options.here:
-        run_side(options.sides[0], list(wanted), options.checkpoint, options.out)
+        run_side(options.sides[0], list(wanted), options.checkpoint, options.out, options.turn)
         return
     print(HEAD, flush=True)
-    for side in options.sides:
+    if not (options.checkpoint or options.groups):
+        parser.error("name a checkpoint, or groups")
+    groups: list[Group] = []
+    for checkpoint, side, shapes in (group.split("=") for group in options.groups):
+        groups.append((checkpoint, side, shapes.split(",")))
+    for side in options.sides if not groups else ():
         done = {row["shape"] for row in read_rows(options.out) if row["side"] == side and row["checkpoint"] == Path(options.checkpoint).name and "error" not in row}  # fmt: skip
         for load_in in ("16bit", "4bit"):
             missing = [shape for shape in wanted if SHAPES[shape][4] == load_in and shape not in done]
-            if missing:
-                run_process(side, missing, options)
+            parts = [[shape] for shape in missing] if side == "unsloth" else [missing] if missing else []
+            groups += [(options.checkpoint, side, part) for part in parts]
+    with tempfile.TemporaryDirectory(prefix=time.strftime("call-%H%M%S-")) as folder:
+        run_in_turn(groups, options, Path(folder))
 
 
-def run_process(side: str, shapes: list[str], options: argparse.Namespace) -> None:
-    """Measure shapes with one side in a process of its own, which may fail or be cut off."""
-    command = [sys.executable, "-m", "benchmarks.fast_path", options.checkpoint, "--here", "--sides", side]
-    command += ["--out", str(options.out), "--rows", *shapes]
+def run_in_turn(groups: list[Group], options: argparse.Namespace, folder: Path) -> None:
+    """Start a process for each side and its shapes; when all are warm, or have failed, let one after the other measure."""
+    started = time.monotonic()
+    processes = []
+    for number, (checkpoint, side, shapes) in enumerate(groups):
+        command = [sys.executable, "-m", "benchmarks.fast_path", checkpoint, "--here", "--sides", side]
+        command += ["--out", str(options.out), "--turn", str(folder / f"{number}"), "--rows", *shapes]
+        processes.append(subprocess.Popen(command, env=dict(os.environ)))
+
+    def is_over() -> bool:
+        return time.monotonic() - started > options.seconds
+
     try:
-        done = subprocess.run(command, timeout=options.seconds, env=dict(os.environ))
-        if done.returncode:
-            print(f"    {side}: ended with code {done.returncode}", flush=True)
-    except subprocess.TimeoutExpired:
-        print(f"    {side}: cut off after {options.seconds} s", flush=True)
+        waiting = dict(enumerate(processes))
+        while waiting and not is_over():
+            waiting = {n: p for n, p in waiting.items() if p.poll() is None and not (folder / f"{n}.ready").exists()}
+            if time.monotonic() - started > options.warm_seconds:
+                break
+            time.sleep(0.2)
+        late = list(waiting)  # these measure last, if they come to it
+        late_sides = f", but for {', '.join(groups[n][1] for n in late)}" if late else ""
+        print(f"    all warm after {time.monotonic() - started:.0f} s{late_sides}", flush=True)
+        for number in [n for n in range(len(processes)) if n not in late] + late:
+            (folder / f"{number}.go").touch()
+            while processes[number].poll() is None and not is_over():
+                time.sleep(0.1)
+            code = processes[number].poll()
+            if code != 0:
+                print(f"    {' '.join(map(str, groups[number]))}: " + ("cut off" if code is None else f"ended with code {code}"), flush=True)  # fmt: skip
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def make_settings(options: argparse.Namespace, gpus: int) -> dict[str, Any]:
     rows, tokens = map(int, options.rows.split("x"))
     return {
         "model.id": options.checkpoint,
-        "model.engine": "huggingface",
+        "model.engine": options.engine,
         "model.load_in": options.load_in,
         "model.max_length": 2 * tokens,  # words of the checkpoint's tokenizer are measured, not known
         "train.per_device_train_batch_size": rows,
@@ -57,6 +57,8 @@ def make_settings(options: argparse.Namespace, gpus: int) -> dict[str, Any]:
         "train.learning_rate": options.learning_rate,
         "train.optim": "adamw_torch",
         "train.compile": options.compile,
+        "train.memory": options.memory,
+        "train.fast": options.fast,
         "train.save_minutes": None,
         "train.gpus": gpus,
     } | ({"export.formats": ["merged"]} if options.load_in == "full" else {})
@@ -162,6 +164,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--accumulated", type=int, default=4, help="batches of a step, over all GPUs together")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--compile", default="on", choices=["on", "off"])
+    parser.add_argument("--engine", default="huggingface", choices=["huggingface", "unsloth"])
+    parser.add_argument("--memory", default="auto", choices=["low", "auto", "high"])
+    parser.add_argument("--fast", default="auto", choices=["auto", "on", "off"])
     parser.add_argument("--load-in", default="16bit", choices=["16bit", "4bit", "full"])
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--bound", type=float, default=1e-3, help="largest difference of a step's loss that passes")

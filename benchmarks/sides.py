@@ -18,7 +18,7 @@ def load_side(side: str, checkpoint: str, load_in: str, media: set[str]) -> tupl
     """Load one stack; return its model and the function that computes a loss.
 
     Args:
-        side: unsloth | trl | trl-keep | forgekit-MEMORY[-compiled][-KERNEL][-park], as in forgekit-low-compiled-flash-park, or
+        side: unsloth | trl | trl-keep | forgekit-MEMORY[-compiled][-graphs][-KERNEL][-park], as in forgekit-low-compiled-park, or
             the same with unsloth+ before it: the model that Unsloth loaded, with forgekit's fast path on it.
         load_in: 16bit or 4bit.
         media: kinds of media in the batches, "image" and "audio"; other towers are parked with `park`.
@@ -93,53 +93,102 @@ def load_trl(model: Any, keep: bool) -> tuple[Any, Step]:
 def load_forgekit(model: Any, words: list[str], media: set[str]) -> tuple[Any, Step]:
     """forgekit's fast path on transformers + PEFT."""
     from forgekit.train.fast_path import enable_fast_path
-    from forgekit.train.park import park_table, park_towers
+    from forgekit.train.park import compact, park_table, park_towers
 
     memory, *options = words
     kernel = next((word for word in options if word in ("flash", "padded")), "auto")
-    path = enable_fast_path(model, memory=memory, compiled="compiled" in options, kernel=kernel)
+    compiled, recorded = "compiled" in options, "graphs" in options
+    path = enable_fast_path(model, memory=memory, compiled=compiled, recorded=recorded, kernel=kernel)
     if path is None:
         raise RuntimeError("the fast path does not apply")
     print(f"    attention by {path.kernel}", flush=True)
     if "park" in options:
         PARKED.enter_context(park_towers(path.base, media))
         PARKED.enter_context(park_table(path.text))
-        torch.cuda.empty_cache()
+        compact(path.base)
         print(f"    {torch.cuda.memory_allocated() / 2**30:.2f} GiB of weights on the GPU", flush=True)
     return model, lambda batch: model(**batch, use_cache=False).loss
 
 
-def measure(
-    model: Any, loss_of: Step, batches: list[dict[str, torch.Tensor]], steps: int, warm: int = 2
-) -> dict[str, Any]:
-    """Take training steps; return ms a step (median), time of the first step and peak GiB after the warm-up.
+def compare_recorded(model: Any, loss_of: Step, batch: dict[str, torch.Tensor]) -> float | None:
+    """Return the largest relative difference of a gradient by a recording and by the same kernels launched one by one.
+
+    None where the batch has no recording. Flash attention adds up its gradients in any order, so it is not zero.
+    """
+    from forgekit.train.fast_path import get_fast_path
+    from forgekit.train.trial import changed
+
+    path = get_fast_path(model)
+    if path is None or path.graphs is None:
+        return None
+
+    def find_gradients() -> list[torch.Tensor]:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = loss_of(batch)
+        loss.backward()
+        found = [p.grad.float().clone() for p in model.parameters() if p.grad is not None]
+        model.zero_grad(set_to_none=True)
+        return found
+
+    before = path.graphs.batches
+    recorded = find_gradients()
+    if path.graphs.batches == before:
+        return None
+    with changed([path.graphs], "why_not", "compared"):
+        launched = find_gradients()
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(recorded, launched, strict=True) if b.norm() > 0)
+
+
+class Clock:
+    """Takes training steps with one model and one optimiser, and times each.
 
     A step is forward, backward and optimiser, waited for; batches are taken in turn.
     """
-    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=1e-4, fused=True)
-    seconds, losses = [], []
-    for number in range(warm + steps):
-        if number == warm:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
+
+    def __init__(self, model: Any, loss_of: Step):
+        """Start with a fresh AdamW."""
+        self.loss_of = loss_of
+        self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+        self.loss = float("nan")
+
+    def step(self, batch: dict[str, torch.Tensor]) -> float:
+        """Take a step; return its seconds."""
+        torch.cuda.synchronize()
         started = time.perf_counter()
         with torch.autocast("cuda", torch.bfloat16):
-            loss = loss_of(batches[number % len(batches)])
+            loss = self.loss_of(batch)
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-        losses.append(float(loss.detach()))
-    timed = sorted(seconds[warm:])
-    return {
-        "ms": round(1000 * timed[len(timed) // 2], 2),
-        "ms_min": round(1000 * timed[0], 2),
-        "ms_max": round(1000 * timed[-1], 2),
-        "first_step_s": round(seconds[0], 2),
-        "all_steps_s": round(sum(seconds), 2),
-        "slow_steps_s": round(sum(s for s in seconds if s > 5 * timed[len(timed) // 2]), 2),  # mostly compiling
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3),
-        "loss": round(losses[-1], 4),
-    }
+        seconds = time.perf_counter() - started
+        self.loss = float(loss.detach())
+        return seconds
+
+    def warm_up(self, batches: list[dict[str, torch.Tensor]], steps: int) -> list[float]:
+        """Take the steps in which a side compiles and records; return the seconds of each."""
+        return [self.step(batches[number % len(batches)]) for number in range(steps)]
+
+    def measure(self, batches: list[dict[str, torch.Tensor]], steps: int, warm: list[float]) -> dict[str, Any]:
+        """Return ms a step (median), seconds of the first step, and peak GiB after the warm-up.
+
+        CUDA graphs keep memory that torch does not count as allocated, so beside it stands what the process had reserved.
+        """
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        seconds = [self.step(batches[number % len(batches)]) for number in range(steps)]
+        timed = sorted(seconds)
+        every = [*warm, *seconds]
+        return {
+            "ms": round(1000 * timed[len(timed) // 2], 2),
+            "ms_min": round(1000 * timed[0], 2),
+            "ms_max": round(1000 * timed[-1], 2),
+            "first_step_s": round(warm[0], 2),
+            "all_steps_s": round(sum(every), 2),
+            "slow_steps_s": round(
+                sum(s for s in every if s > 5 * timed[len(timed) // 2]), 2
+            ),  # compiling and recording
+            "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3),
+            "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 3),
+            "loss": round(self.loss, 4),
+        }

@@ -5,11 +5,11 @@ import sys
 
 from . import __version__
 from .arguments import spread_set
-from .command.codes import FAILED, INTERRUPTED, USAGE
 from .command.looks import add_doctor, add_plan
 from .command.project import add_init, add_lab, add_slice, start_lab
 from .command.runs import add_gates, add_run, add_sweep
 from .errors import ConfigError, ForgekitError, RunNameError
+from .exit_codes import FAILED, INTERRUPTED, USAGE
 
 VERBS = (add_init, add_run, add_sweep, add_plan, add_gates, add_doctor, add_slice, add_lab)  # as --help lists them
 

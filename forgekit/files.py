@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .errors import RunError
 from .scrub import HANDED_ON, Clean, CleanFile, choose_cleaning, scrub
@@ -14,15 +14,22 @@ from .scrub import HANDED_ON, Clean, CleanFile, choose_cleaning, scrub
 
 @contextlib.contextmanager
 def open_whole(path: Path, clean: Clean | None = None) -> Iterator[CleanFile]:
-    """Open a text file that appears whole or not at all: a temporary name beside it, flushed to disk, then renamed.
+    """Open a text file that appears whole or not at all.
 
     Tokens are removed from what is written, and home folders from what is handed on (scrub.py), unless `clean` does else.
     """
+    with open_beside(path, "w", "utf-8") as file:
+        yield CleanFile(file, clean or choose_cleaning(path))
+
+
+@contextlib.contextmanager
+def open_beside(path: Path, mode: str, encoding: str | None = None) -> Iterator[IO[Any]]:
+    """Open a file under a temporary name beside its own; when the block has ended well, it is flushed to disk and renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            yield CleanFile(file, clean or choose_cleaning(path))
+        with os.fdopen(handle, mode, encoding=encoding) as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~current_umask())  # mkstemp makes files that only the owner reads
@@ -36,6 +43,12 @@ def write_text(path: Path, text: str, clean: Clean | None = None) -> None:
     """Write a file whole or not at all; `clean` as in `open_whole`."""
     with open_whole(path, clean) as file:
         file.write(text)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; it holds nothing that would have to be scrubbed."""
+    with open_beside(path, "wb") as file:
+        file.write(content)
 
 
 def current_umask() -> int:

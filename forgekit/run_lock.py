@@ -73,9 +73,10 @@ def is_locked(path: Path) -> bool:
     return False
 
 
-def describe_process() -> dict[str, Any]:
-    """Return what tells this process from every other one."""
-    return {"pid": os.getpid(), "started": start_time(os.getpid()), "boot": boot_id(), "machine": platform.node()}
+def describe_process(pid: int | None = None) -> dict[str, Any]:
+    """Return what tells a process of this machine, this one if none is named, from every other one."""
+    pid = os.getpid() if pid is None else pid
+    return {"pid": pid, "started": start_time(pid), "boot": boot_id(), "machine": platform.node()}
 
 
 def read_owner(file: IO[str]) -> dict[str, Any]:

@@ -232,6 +232,9 @@ class Train(Section):
         "auto",
         "fuse the fast path's layers with torch.compile, about a minute; auto: on a GPU when the run is long enough",
     )
+    cuda_graphs: Literal["auto", "off"] = setting(
+        "auto", "start compiled batches of a shape that has come before by two launches instead of thousands (one GPU)"
+    )
     memory: Memory = setting(
         "auto",
         "what the fast path keeps for its backward: low (nothing: least memory), high (all: fastest), auto (what fits), or so many GiB in use",

@@ -12,7 +12,7 @@ import pytest
 
 # A module imports from its own tier and from those above it in this list, never from one below.
 TIERS = (
-    ("errors", "scrub"),
+    ("errors", "exit_codes", "scrub"),
     (
         "layer_groups",
         "gate_settings",

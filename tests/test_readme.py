@@ -12,9 +12,9 @@ import pytest
 from benchmarks.reliability import RECORD, fill_readme, read_rows
 from forgekit.__main__ import main, make_parser
 from forgekit.arguments import read_assignments
-from forgekit.command.codes import FAILED as EXIT_FAILED
-from forgekit.command.codes import USAGE
 from forgekit.config import NAMES, load_config
+from forgekit.exit_codes import FAILED as EXIT_FAILED
+from forgekit.exit_codes import USAGE
 from forgekit.model.shapes import make_released_config
 from forgekit.model.slice_plan import plan_slice
 from forgekit.run_folder import DONE

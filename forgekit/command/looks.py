@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from ..arguments import read_assignments
-from .codes import FAILED
+from ..exit_codes import FAILED
 from .runs import add_set
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import read_assignments, read_folder, read_number, read_seconds
-from .codes import GATES_FAILED
+from ..exit_codes import GATES_FAILED
 
 
 def add_run(verbs: Any) -> None:

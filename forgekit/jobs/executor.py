@@ -18,19 +18,19 @@ from jupyter_scheduler.orm import Job
 from jupyter_scheduler.utils import get_utc_timestamp
 
 from ..errors import ForgekitError, RunError
+from ..exit_codes import USAGE
 from ..files import read_json
 from ..run_folder import DONE
+from ..run_lock import describe_process
 from ..runs.outcome import STOPPED, Outcome
 from ..runs.session import find_package
 from ..scrub import scrub
 from .outputs import collect_outputs
-from .record import LOG, describe_child, is_running, plan_run, read_record, write_record
+from .record import LOG, is_running, plan_run, read_record, write_record
 
 LOOK_SECONDS = 0.5
 LONGEST_MESSAGE = 1024  # letters; the width of the database's column
 FEATURES = (JobFeature.job_name, JobFeature.parameters, JobFeature.output_formats, JobFeature.job_definition, JobFeature.stop_job, JobFeature.delete_job)  # fmt: skip
-
-USAGE = 2  # the exit code of a `forgekit run` that was refused
 
 
 class JobStopped(Exception):
@@ -85,7 +85,7 @@ class RunExecutor(ExecutionManager):
                 start_new_session=True,  # Ctrl-C in the server's terminal is not meant for the runs
                 pass_fds=() if self.slot is None else (self.slot,),
             )
-        write_record(self.staging, run=plan["run"], process=describe_child(process.pid))
+        write_record(self.staging, run=plan["run"], process=describe_process(process.pid))
         self.update(pid=process.pid)
         if self.asked_to_stop():  # while it was being started
             process.send_signal(signal.SIGTERM)

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import RunError
 from ..files import read_json, write_json
 from ..run_folder import find_run_root
-from ..run_lock import boot_id, describe_process, is_alive, start_time
+from ..run_lock import describe_process, is_alive
 from .parameters import check_job, name_run, read_parameters
 
 FILE = "job.json"
@@ -54,11 +54,6 @@ def plan_run(
     settings = [f"--set={setting}={json.dumps(value)}" for setting, value in given.settings.items()]
     runs = find_run_root(config.recipe, folder)
     return {"words": words + settings, "folder": str(folder), "runs": str(runs), "run": str(runs / name)}
-
-
-def describe_child(pid: int) -> dict[str, Any]:
-    """Return what tells a process from every other one, as a lock file does."""
-    return {"pid": pid, "started": start_time(pid), "boot": boot_id(), "machine": platform.node()}
 
 
 def is_mine(record: Mapping[str, Any]) -> bool:

@@ -4,6 +4,7 @@ import signal
 from dataclasses import dataclass
 from typing import Any
 
+from .. import exit_codes
 from ..run_folder import DONE
 
 FAILED, STOPPED, CRASHED, GATES_FAILED = "failed", "stopped", "crashed", "gates_failed"
@@ -43,7 +44,7 @@ class Outcome:
         """The command's exit code: 0 completed, 1 failed, 3 gates, 128 + n for signal n."""
         if self.number is not None and self.state in (STOPPED, CRASHED):
             return 128 + self.number
-        return {DONE: 0, GATES_FAILED: 3}.get(self.state, 1)
+        return {DONE: exit_codes.COMPLETED, GATES_FAILED: exit_codes.GATES_FAILED}.get(self.state, exit_codes.FAILED)
 
 
 def name_signal(number: int) -> str:

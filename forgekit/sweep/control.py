@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from .. import exit_codes
 from ..errors import ConfigError, RunError
 from ..files import write_json
 from ..run_folder import DONE, now
@@ -20,7 +21,7 @@ from ..runs.outcome import FAILED, GATES_FAILED, STOPPED
 from ..runs.supervise import Supervisor
 from ..scrub import scrub
 from .board import Board
-from .ends import GATES_CODE, USAGE_CODE, find_kept, is_accident, name_end, read_ended, read_last_words
+from .ends import find_kept, is_accident, name_end, read_ended, read_last_words
 from .entry import ENDED, PRUNED, RECORD, REFUSED, RUNNING, WAITING, Entry, describe_runs
 from .job import Backend, End, Job, stop_all
 from .plan import Plan
@@ -177,13 +178,13 @@ class Control:
         """Decide what an end means: over, or once more from the last checkpoint."""
         record = read_if_there(entry.watch.folder / "run.json")
         entry.reason = record.get("error") or end.reason
-        told = {0: DONE, USAGE_CODE: REFUSED, GATES_CODE: GATES_FAILED}
-        if end.code == USAGE_CODE and is_locked(entry.watch.folder):
+        told = {exit_codes.COMPLETED: DONE, exit_codes.USAGE: REFUSED, exit_codes.GATES_FAILED: GATES_FAILED}
+        if end.code == exit_codes.USAGE and is_locked(entry.watch.folder):
             entry.attempts -= 1
             entry.probed = time.monotonic()
             self.change(entry, WAITING, "another process was faster, and has its folder")
         elif end.code in told:
-            if end.code == USAGE_CODE:
+            if end.code == exit_codes.USAGE:
                 entry.reason = read_last_words(self.plan.find_log(entry.point))
             self.settle(entry, told[end.code])
         elif entry.weak:

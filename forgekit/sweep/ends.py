@@ -11,7 +11,6 @@ from .entry import FINAL, LOST, PRUNED
 from .job import TERMINATED, End
 from .plan import read_state
 
-USAGE_CODE, GATES_CODE = 2, 3  # of `forgekit run`
 KILLED = 128 + signal.SIGKILL
 
 

@@ -9,14 +9,13 @@ import io
 import json
 import math
 import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RunError
 from ..evaluate.metrics import find_metric
-from ..files import current_umask, read_json, write_text
+from ..files import read_json, write_bytes, write_text
 from ..run_folder import SWEEPS, find_run_root, shorten_path
 from ..scrub import scrub
 from .entry import ENDED, RECORD
@@ -278,18 +277,3 @@ def is_plain(column: Any) -> bool:
 def write_cell(value: Any) -> str | None:
     """Return a value as text."""
     return value if value is None or isinstance(value, str) else json.dumps(value)
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; it holds nothing that would have to be scrubbed."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~current_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -44,7 +44,7 @@ class Call(NamedTuple):
 
 def run_decoder(
     text: Any,
-    embedded: torch.Tensor,
+    x: torch.Tensor,
     per_layer: torch.Tensor | None,
     rows: Rows,
     windows: dict[str, int | None],
@@ -57,8 +57,8 @@ def run_decoder(
 
     Args:
         text: a Gemma3nTextModel, adapted or not.
-        embedded: [rows, columns, H], pictures and sound merged in.
-        per_layer: [rows, columns, layers, P] from the per-layer table, or None.
+        x: [N, H], the rows' embeddings, pictures and sound merged in.
+        per_layer: [N, layers, P] from the per-layer table, or None.
         run: does what `run_calls` does; it decides about compiling and about keeping what the backward needs.
         span: layers that are given to `run` together.
         layers: some of the model's layers; None: all.
@@ -66,10 +66,7 @@ def run_decoder(
     layers = list(text.layers) if layers is None else layers
     source = find_source(layers)
     clamp_coefficients(text)
-    x = embedded.flatten(0, 1).index_select(0, rows.flat)
-    if per_layer is not None:
-        per_layer = per_layer.flatten(0, 1).index_select(0, rows.flat)[None]
-    per_layer = text.project_per_layer_inputs(x[None], per_layer)[0]
+    per_layer = text.project_per_layer_inputs(x[None], None if per_layer is None else per_layer[None])[0]
     kept = rows.upper.index
     lower, upper = ({kind: make_place(text, x, rows, stage, kind, windows[kind], kernel) for kind in windows} for stage in ("lower", "upper"))  # fmt: skip
     streams, _ = run([Call(expand, text)], x)

@@ -10,6 +10,7 @@ import torch
 
 from .attention import flash_is_right
 from .decoder import find_source
+from .graphs import Graphs
 from .row_skip import wrap_forward, wrap_text
 from .rows import Rows
 
@@ -31,6 +32,7 @@ class FastPath:
     compiled: bool
     windows: dict[str, int | None]
     uncompiled_batches: int = 0  # the first ones, which do not wait for the compiler
+    graphs: Graphs | None = None  # records compiled batches
     layers: list[Any] | None = None  # some of the layers, for the guard; None: all
     on: bool = True
     rows: Rows | None = None  # of the batch that is in its forward now
@@ -74,6 +76,7 @@ class FastPath:
             "library_batches": dict(self.fallbacks),
             "kernel": self.kernel,
             "compiled": self.compiled,
+            "recorded_batches": self.graphs.batches if self.graphs else 0,
             "lower_rows_skipped": round(1 - self.tokens / self.places, 4) if self.places else None,
             "upper_rows_skipped": round(1 - self.learned / self.places, 4) if self.places else None,
             "estimated_gain": round(self.estimate_gain(), 3) if self.places else None,
@@ -127,6 +130,7 @@ def enable_fast_path(
     memory: str | float = "auto",
     compiled: bool = False,
     uncompiled_batches: int = 1,
+    recorded: bool = False,
     kernel: str = "auto",
 ) -> FastPath | None:
     """Replace the model's training forward by one that skips rows without a label; call it when adapter and trainer are made.
@@ -140,6 +144,7 @@ def enable_fast_path(
         compiled: fuse each kind of layer with torch.compile, which costs about a minute of early steps.
         uncompiled_batches: with `compiled`, the first batches that do without, in as little memory as "low" takes: a first
             loss, or an error, is seen before that minute.
+        recorded: with `compiled`, batches on a GPU whose shape comes again are recorded as CUDA graphs (graphs.py).
         kernel: attention by "flash" or "padded"; "auto": flash where it runs and agrees with padded.
 
     Returns the FastPath with its counts, or None after one printed line that says why it does not apply.
@@ -163,6 +168,7 @@ def enable_fast_path(
         kernel=kernel,
         compiled=compiled,
         uncompiled_batches=uncompiled_batches,
+        graphs=Graphs(text) if recorded and compiled and weight.device.type == "cuda" else None,
         windows={kind: config.sliding_window if kind == "sliding_attention" else None for kind in sorted(set(config.layer_types))},
     )  # fmt: skip
     if compiled:  # the kinds of layers and of attention stand behind the same few functions
@@ -183,6 +189,8 @@ def disable_fast_path(model: Any) -> None:
     if path is None:
         return
     path.on, forwards = False, path.forwards
+    if path.graphs:
+        path.graphs.forget()
     for name, module in (("text", path.text), ("base", path.base)):
         if getattr(vars(module).get("forward"), "_forgekit", None) is path:
             del module.forward

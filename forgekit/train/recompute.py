@@ -26,7 +26,9 @@ def recompute(step: Callable[..., Any], *arguments: Any) -> Any:
     checkpoint = (
         getattr(torch.utils.checkpoint, "_unsloth_pristine_checkpoint", None) or torch.utils.checkpoint.checkpoint
     )
-    return checkpoint(step, *arguments, use_reentrant=False)
+    # a CUDA graph that is being recorded has no random state to note; graphs.py records nothing that draws numbers
+    recorded = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return checkpoint(step, *arguments, use_reentrant=False, preserve_rng_state=not recorded)
 
 
 @dataclass
@@ -62,12 +64,13 @@ class Memory:
         return result
 
 
-def plan_memory(memory: str | float, device: torch.device, tokens: int, compiled: bool) -> Memory:
+def plan_memory(memory: str | float, device: torch.device, tokens: int, compiled: bool, taken: int = 0) -> Memory:
     """Return the plan for `train.memory`: low, high, auto (what the GPU has; everything on a CPU), or a number of GiB.
 
     Args:
         tokens: of the batch.
         compiled: whether its layers are.
+        taken: bytes that this process has and this batch cannot use.
     """
     if memory == "low":
         return Memory(0, 1 if compiled and tokens < PAIRED_TOKENS else SPAN)
@@ -75,6 +78,6 @@ def plan_memory(memory: str | float, device: torch.device, tokens: int, compiled
         return Memory(None)
     if memory == "auto":
         free, total = torch.cuda.mem_get_info(device)
-        ours = torch.cuda.memory_reserved(device)
+        ours = torch.cuda.memory_reserved(device) - taken
         return Memory(max(1, int((free + ours) * SHARE) - RESERVE))
     return Memory(int(float(memory) * GIB))

@@ -41,7 +41,8 @@ def wrap_forward(library: Callable[..., Any], path: "FastPath") -> Any:
         rows = None
         if not reason:
             mask = values.get("attention_mask")
-            rows = choose_rows(values["labels"], mask, path.windows, MULTIPLE if path.compiles else 1)
+            multiple, coarse = (MULTIPLE, path.graphs.longest if path.graphs else 0) if path.compiles else (1, 0)
+            rows = choose_rows(values["labels"], mask, path.windows, multiple, coarse)
             reason = None if rows else "padding was given a label"
         if rows is None:
             path.fall_back(str(reason))
@@ -138,16 +139,26 @@ def wrap_text(library: Callable[..., Any], path: "FastPath") -> Any:
         ids, embedded, per_layer = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "per_layer_inputs"))
         if ids is not None:
             embedded, per_layer = self.embed_tokens(ids), self.get_per_layer_inputs(ids)
-        kept = path.memory if path.compiles == path.compiled else "low"  # what fits compiled may not fit before
-        memory = plan_memory(kept, path.rows.flat.device, path.rows.tokens, path.compiles)
-        if GATHER in vars(self.layers[0]):
-            memory.span = 1  # processes gather weights in one and the same order, whatever their memory lets them keep
-        run = functools.partial(run_block, path, memory)
-        hidden = run_decoder(self, embedded, per_layer, path.rows, path.windows, path.kernel, run, memory.span, path.layers)  # fmt: skip
+        embedded, per_layer = (value if value is None else value.flatten(0, 1).index_select(0, path.rows.flat) for value in (embedded, per_layer))  # fmt: skip
+        if path.graphs and path.compiles:
+            hidden = path.graphs.run(functools.partial(decode, path), embedded, per_layer, path.rows)
+        else:
+            hidden = decode(path, embedded, per_layer, path.rows)
         return BaseModelOutputWithPast(last_hidden_state=hidden[None])
 
     forward._forgekit = path  # type: ignore[attr-defined]
     return forward
+
+
+def decode(path: "FastPath", x: torch.Tensor, per_layer: torch.Tensor | None, rows: Rows) -> torch.Tensor:
+    """Run the decoder on the rows' embeddings, keeping what the settings say: [N, H] -> [M, H]."""
+    kept = path.memory if path.compiles == path.compiled else "low"  # what fits compiled may not fit before
+    taken = path.graphs.held if path.graphs and not path.graphs.recording else 0
+    memory = plan_memory(kept, x.device, rows.tokens, path.compiles, taken)
+    if GATHER in vars(path.text.layers[0]):
+        memory.span = 1  # processes gather weights in one and the same order, whatever their memory lets them keep
+    run = functools.partial(run_block, path, memory)
+    return run_decoder(path.text, x, per_layer, rows, path.windows, path.kernel, run, memory.span, path.layers)
 
 
 def run_block(

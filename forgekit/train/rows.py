@@ -55,7 +55,11 @@ class Rows:
 
 
 def choose_rows(
-    labels: torch.Tensor, attention_mask: torch.Tensor | None, windows: dict[str, int | None], multiple: int = 1
+    labels: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    windows: dict[str, int | None],
+    multiple: int = 1,
+    coarse: int = 0,
 ) -> Rows | None:
     """Choose the tokens of each stage.
 
@@ -64,6 +68,7 @@ def choose_rows(
         attention_mask: [rows, columns], 0 at padding.
         windows: attention kind -> keys that a query sees, itself included; None for all before it.
         multiple: both stages are filled up to a multiple of so many tokens, with tokens that nobody reads.
+        coarse: up to so many tokens there are eight sizes from one power of two to the next, and no more (`round_up`).
 
     Returns None when a masked token would have to predict something, where the library's result depends on its kernel.
     """
@@ -88,8 +93,9 @@ def choose_rows(
     if masked or not tokens:
         return None
 
-    kept_size = round_up(max(learned, 1), multiple)
-    size = round_up(tokens + kept_size - max(learned, 1), multiple)
+    parts = 8 if tokens <= coarse else None
+    kept_size = round_up(max(learned, 1), multiple, parts)
+    size = round_up(tokens + kept_size - max(learned, 1), multiple, parts)
     flat, lower = line_up(wanted, width, tokens, size, longest)
     in_line = torch.zeros(size, dtype=torch.bool, device=labels.device)
     in_line[:tokens] = kept.flatten()[flat[:tokens]]
@@ -113,8 +119,13 @@ def choose_rows(
     )
 
 
-def round_up(number: int, multiple: int) -> int:
-    """Return the next multiple."""
+def round_up(number: int, multiple: int, parts: int | None = None) -> int:
+    """Return the next multiple; with `parts`, of a larger one if need be, so that so many lie between two powers of two.
+
+    Eight parts add 6 % on average and 12 % at most.
+    """
+    if parts:
+        multiple = max(multiple, (1 << (number.bit_length() - 1)) // parts)
     return -(-number // multiple) * multiple
 
 

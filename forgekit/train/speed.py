@@ -38,7 +38,11 @@ def train_fast(trainer: Any, config: Config, run: Run) -> None:
         compiled, why = choose_compile(trainer, config)
         first = trainer.args.gradient_accumulation_steps  # the batches of the first optimiser step
         path = enable_fast_path(
-            trainer.model, memory=choose_memory(config), compiled=compiled, uncompiled_batches=first
+            trainer.model,
+            memory=choose_memory(config),
+            compiled=compiled,
+            uncompiled_batches=first,
+            recorded=config.train.cuda_graphs != "off" and trainer.args.world_size == 1,  # seen on one GPU only
         )
         if path is None:
             if config.train.fast == "on":
@@ -72,7 +76,7 @@ def weigh_tokens_alike(trainer: Any) -> None:
 @contextlib.contextmanager
 def park_weights(trainer: Any, config: Config, path: Any) -> Iterator[None]:
     """Free the GPU of towers that no row feeds, and of the per-layer table where `model.offload_ple` says so."""
-    from .park import park_table, park_towers
+    from .park import compact, park_table, park_towers
 
     switch = config.model.offload_ple
     offload = choose_memory(config) == "low" if switch == "auto" else switch == "on"
@@ -81,6 +85,8 @@ def park_weights(trainer: Any, config: Config, path: Any) -> Iterator[None]:
             parked = stack.enter_context(park_towers(path.base, find_media(trainer.train_dataset)))
             if offload and stack.enter_context(park_table(path.text)):
                 parked.append("per-layer table")
+            if parked and path.graphs:
+                compact(path.base)
             if parked:
                 print(f"in the machine's memory while training: {', '.join(parked)}")
         yield
