@@ -182,16 +182,16 @@ def share_out(trainer: Any, group: Any) -> Iterator[None]:
     trainer.model = group.shards.twin
     try:
         yield
-        trainer.optimizer = trainer.lr_scheduler = None  # moments make room for whole weights
+        drop_optimizer(trainer)  # moments make room for whole weights
         group.shards.put_back(group.rank == 0)
     finally:
         group.shards.close()
         if lost and not group.shards.parted:
             empty(group.shards.weights)
         trainer.checkpoints.lost = sizes if [parameter.shape for parameter in model.parameters()] != sizes else None
-        trainer.model, group.shards, trainer.optimizer, trainer.lr_scheduler = model, None, None, None
-        for name in ("model", "optimizer", "lr_scheduler"):
-            setattr(trainer.callback_handler, name, getattr(trainer, name))
+        trainer.model = trainer.callback_handler.model = model
+        group.shards = None
+        drop_optimizer(trainer)
         if trainer.checkpoints.lost and not group.rank:
             print(
                 "The weights that learned were shared over processes that are gone: the model here has none until it is loaded again, or "
@@ -200,3 +200,10 @@ def share_out(trainer: Any, group: Any) -> Iterator[None]:
             )
     if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
         trainer._load_best_model()
+
+
+def drop_optimizer(trainer: Any) -> None:
+    """Forget the optimiser of the parts, wherever it is kept; the next training makes one of its own."""
+    for keeper in (trainer, trainer.callback_handler):
+        keeper.optimizer = keeper.lr_scheduler = None
+    trainer.accelerator.free_memory()
