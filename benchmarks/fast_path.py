@@ -112,6 +112,7 @@ def run_side(side: str, shapes: list[str], checkpoint: str, out: Path, turn: Pat
         row: dict[str, Any] = {"side": side, "shape": shape, "checkpoint": Path(checkpoint).name}
         epoch = shape == "mixed-epoch"
         try:
+            start_afresh(model)
             batches = [make_batch(shape, seed, model.config) for seed in range(EPOCH if epoch else 2)]
             warm = clock.warm_up(batches, 2 if epoch else WARM)
             if turn and number == 0:
@@ -128,7 +129,7 @@ def run_side(side: str, shapes: list[str], checkpoint: str, out: Path, turn: Pat
             peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
             row["utilisation"] = round(row["floor_tflop"] * 1e12 / (row["ms"] / 1000) / peak, 3) if peak else None
             row |= {"device": device, "torch": torch.__version__, "load_s": round(loaded, 1), "cold": number == 0}
-            row |= {"date": time.strftime("%Y-%m-%d"), "call": turn.parent.name if turn else None}
+            row["call"] = turn.parent.name[:15] if turn else time.strftime("%Y-%m-%dT%H%M")
             row["cold_first_step_s"] = round(loaded + row["first_step_s"], 1) if number == 0 else None
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:  # the next shape may well run
             row["error"] = f"{type(error).__name__}: {str(error).strip()[:400]}"
@@ -144,6 +145,18 @@ def run_side(side: str, shapes: list[str], checkpoint: str, out: Path, turn: Pat
                 again = row | {"side": f"{side}-cached"} | clock.measure(batches, STEPS, warm)
             write_row(again | {"tokens_per_s": round(row["tokens"] / again["ms"] * 1000)}, out)
     PARKED.close()
+
+
+def start_afresh(model: Any) -> None:
+    """Drop what was recorded for the shape before, so that each shape's memory is its own."""
+    import torch
+
+    from forgekit.train.fast_path import get_fast_path
+
+    path = get_fast_path(model)
+    if path and path.graphs:
+        path.graphs.forget()
+        torch.cuda.empty_cache()
 
 
 def write_row(row: dict[str, Any], out: Path) -> None:
@@ -178,9 +191,10 @@ HEAD = "| shape | side | step | tokens/s | peak (reserved) | first step | of pea
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows measured so far; of two of one name the newer one counts."""
+    """Return the rows measured so far; of two of one name in one call the newer one counts."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return list({(row["side"], row["shape"], row["checkpoint"]): row for row in map(json.loads, lines)}.values())
+    names = ("side", "shape", "checkpoint", "call")
+    return list({tuple(row.get(name) for name in names): row for row in map(json.loads, lines)}.values())
 
 
 def main(arguments: list[str]) -> None:
@@ -195,6 +209,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--warm-seconds", type=int, default=400, help="longest time that all wait for the last to be warm"
     )
+    parser.add_argument("--turn-seconds", type=int, default=90, help="longest time that one process measures")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # measure in this process
     parser.add_argument("--turn", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -214,7 +229,7 @@ def main(arguments: list[str]) -> None:
             missing = [shape for shape in wanted if SHAPES[shape][4] == load_in and shape not in done]
             parts = [[shape] for shape in missing] if side == "unsloth" else [missing] if missing else []
             groups += [(options.checkpoint, side, part) for part in parts]
-    with tempfile.TemporaryDirectory(prefix=time.strftime("call-%H%M%S-")) as folder:
+    with tempfile.TemporaryDirectory(prefix=time.strftime("%Y-%m-%dT%H%M-")) as folder:
         run_in_turn(groups, options, Path(folder))
 
 
@@ -242,9 +257,11 @@ def run_in_turn(groups: list[Group], options: argparse.Namespace, folder: Path) 
         print(f"    all warm after {time.monotonic() - started:.0f} s{late_sides}", flush=True)
         for number in [n for n in range(len(processes)) if n not in late] + late:
             (folder / f"{number}.go").touch()
-            while processes[number].poll() is None and not is_over():
+            began = time.monotonic()
+            while processes[number].poll() is None and not is_over() and time.monotonic() - began < options.turn_seconds:  # fmt: skip
                 time.sleep(0.1)
             code = processes[number].poll()
+            processes[number].kill()  # one that takes too long does not use up the others' time
             if code != 0:
                 print(f"    {' '.join(map(str, groups[number]))}: " + ("cut off" if code is None else f"ended with code {code}"), flush=True)  # fmt: skip
     finally:

@@ -14,16 +14,19 @@ REFERENCE = "unsloth"
 NAMES = {
     "trl": "transformers + TRL",
     "unsloth": "Unsloth",
-    "forgekit-low-compiled-park": "forgekit, least memory",
-    "forgekit-high-compiled": "forgekit, fastest",
+    "forgekit-low-compiled-graphs-park": "forgekit, little memory",
+    "forgekit-high-compiled-graphs": "forgekit, fastest",
 }
 COLOURS = {
     "trl": "#9aa0a6",
     "unsloth": "#c58b2b",
-    "forgekit-low-compiled-park": "#7aa6d8",
-    "forgekit-high-compiled": "#1f5fa8",
+    "forgekit-low-compiled-graphs-park": "#7aa6d8",
+    "forgekit-high-compiled-graphs": "#1f5fa8",
 }
-HEAD = "| model, rows x tokens, prompt | side | step | tokens/s | beside Unsloth | peak | first step |\n|---|---|---|---|---|---|---|"
+HEAD = (
+    "| model, rows x tokens, prompt | call | side | step | tokens/s | beside Unsloth | peak | first step |\n"
+    "|---|---|---|---|---|---|---|---|"
+)
 
 
 def name_shape(shape: str) -> str:
@@ -34,27 +37,30 @@ def name_shape(shape: str) -> str:
 
 
 def make_table(rows: list[dict[str, Any]]) -> str:
-    """Return the rows as Markdown, those of one shape together, Unsloth's first."""
-    order = list(dict.fromkeys((row["checkpoint"], row["shape"]) for row in rows))
+    """Return the rows as Markdown: those of one shape together, call by call, and in each Unsloth's first, to which it is compared."""
     lines = [HEAD]
-    for checkpoint, shape in order:
+    for checkpoint, shape in dict.fromkeys((row["checkpoint"], row["shape"]) for row in rows):
         group = [row for row in rows if (row["checkpoint"], row["shape"]) == (checkpoint, shape)]
-        reference = next((row["ms"] for row in group if row["side"] == REFERENCE), None)
-        for row in sorted(group, key=lambda row: (row["side"] != REFERENCE, row["side"])):
-            ratio = f"{reference / row['ms']:.2f}" if reference else ""
-            lines.append(
-                f"| {checkpoint}, {name_shape(shape)} | {row['side']} | {row['ms']:.0f} ms | {row['tokens_per_s']:,} | {ratio} "
-                f"| {row['peak_gib']:.2f} GiB | {row['first_step_s']:.0f} s |"
-            )
+        for call in dict.fromkeys(row["call"] for row in group):
+            together = [row for row in group if row["call"] == call]
+            reference = next((row["ms"] for row in together if row["side"] == REFERENCE), None)
+            for row in sorted(together, key=lambda row: (row["side"] != REFERENCE, row["side"])):
+                ratio = f"{reference / row['ms']:.2f}" if reference else ""
+                lines.append(
+                    f"| {checkpoint}, {name_shape(shape)} | {call} | {row['side']} | {row['ms']:.0f} ms | {row['tokens_per_s']:,} | {ratio} "
+                    f"| {row['peak_gib']:.2f} GiB | {row['first_step_s']:.0f} s |"
+                )
     return "\n".join(lines)
 
 
 def draw_chart(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw speed and peak memory of each side, for the shapes that Unsloth was measured on, and write a PNG."""
+    """Draw speed and peak memory of each side, newest rows, for the shapes that Unsloth was measured on, and write a PNG."""
     from matplotlib.figure import Figure
 
     shapes = [
-        s for s in SHAPES if {REFERENCE, "forgekit-high-compiled"} <= {r["side"] for r in rows if r["shape"] == s}
+        s
+        for s in SHAPES
+        if {REFERENCE, "forgekit-high-compiled-graphs"} <= {r["side"] for r in rows if r["shape"] == s}
     ]
     sides = [side for side in NAMES if any(row["side"] == side for row in rows)]
     figure = Figure(figsize=(9, 5.5), layout="constrained")
@@ -69,7 +75,7 @@ def draw_chart(rows: list[dict[str, Any]], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     memory.set_xticks(range(len(shapes)), [name_shape(shape).replace(", ", "\n", 1) for shape in shapes])
     memory.set_xlabel("rows x tokens, share of the prompt")
-    speed.legend(frameon=False, ncols=2)
+    figure.legend(*speed.get_legend_handles_labels(), frameon=False, ncols=4, loc="outside upper center")
     figure.savefig(path, dpi=130)
 
 

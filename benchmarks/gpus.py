@@ -68,10 +68,13 @@ def make_settings(options: argparse.Namespace, gpus: int) -> dict[str, Any]:
 def measure(options: argparse.Namespace, gpus: int, folder: Path) -> dict[str, Any]:
     """Train on so many GPUs in this process and its workers; return the row."""
     os.environ["FORGEKIT_RUNS"] = str(folder)
+    from forgekit import add_adapter, load_config, load_data, load_model, sft_trainer, start_engine, start_run
+
+    config = load_config(None, make_settings(options, gpus))
+    start_engine(config)  # before transformers, if it is Unsloth
     import torch
     from transformers import TrainerCallback
 
-    from forgekit import add_adapter, load_config, load_data, load_model, sft_trainer, start_run
     from forgekit.data.collate import get_tokenizer, tokenize_rows
     from forgekit.files import read_json
     from forgekit.run_folder import find_versions
@@ -82,7 +85,6 @@ def measure(options: argparse.Namespace, gpus: int, folder: Path) -> dict[str, A
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             self.ends.append(time.perf_counter())
 
-    config = load_config(None, make_settings(options, gpus))
     run = start_run(config, f"gpus-{gpus}")
     model, processor = load_model(config)
     batch = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps

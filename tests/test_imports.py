@@ -77,6 +77,7 @@ MAY_BE_HEAVY = (
         for name in (
             "fast_path",
             "row_skip",
+            "graphs",
             "rows",
             "decoder",
             "attention",

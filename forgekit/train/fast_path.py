@@ -98,6 +98,7 @@ class FastPath:
         return (
             f"fast path: {found['upper_rows_skipped']:.0%} of the upper rows and {found['lower_rows_skipped']:.0%} of the lower rows "
             f"skipped; {found['estimated_gain']:.1f} x fewer products"
+            + (f"; {found['recorded_batches']} of {self.batches} batches by CUDA graphs" if self.graphs else "")
             + (f"; {rest} batches without it" if rest else "")
         )
 
@@ -156,7 +157,7 @@ def enable_fast_path(
         print(f"fast path: off, because {obstacle}", flush=True)
         return None
     text = find_text(base)
-    config, weight = text.config, text.norm.weight
+    config, weight = text.config, text.embed_tokens.weight  # Unsloth keeps norms in float32
     if kernel == "auto":
         heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         kernel = "flash" if flash_is_right(weight.device, weight.dtype, *heads) else "padded"
@@ -222,7 +223,7 @@ def find_obstacle(base: Any) -> str | None:
         return f"attention_dropout is {text.config.attention_dropout}"
     if len(set(map(str, (getattr(base, "hf_device_map", None) or {}).values()))) > 1:
         return "the model is spread over several devices"
-    if text.norm.weight.dtype == torch.float16:
+    if torch.float16 in (text.norm.weight.dtype, text.embed_tokens.weight.dtype):
         return "float16 weights overflow outside of the layers that Unsloth patches"
     if not hasattr(text.layers[0].self_attn, "store_full_length_kv"):
         return "this release of transformers shares keys only through a cache; 5.6 and newer do it while training"

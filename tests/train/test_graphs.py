@@ -59,7 +59,7 @@ def test_a_recorded_batch_gives_the_library_s_loss_and_gradients(small: Any, rec
     for number, (batch, expected) in enumerate(zip(batches, right, strict=True)):
         assert small.difference(expected, small.gradients(model, [batch])) < EXACT, number
     assert len(path.graphs.recordings) == 2 and path.graphs.batches == 2 * 3
-    assert path.summarize()["recorded_batches"] == 6
+    assert path.summarize()["recorded_batches"] == 6 and "; 6 of 8 batches by CUDA graphs" in str(path)
 
 
 def change_words(batch: dict[str, Any], seed: int) -> dict[str, Any]:
