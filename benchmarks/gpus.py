@@ -3,9 +3,10 @@
     python -m benchmarks.gpus CHECKPOINT [--gpus 1 2 4] [--rows 4x1024] [--accumulated 4] [--compile off] [--out FILE]
 
 CHECKPOINT is a folder of Gemma 3n; random weights of full size do, because speed does not depend on values. Each number of GPUs is
-a process of its own that trains by `sft_trainer`, with all that belongs to a step: collating, gradients over all GPUs, the log. The
-rows of a step are the same for all; efficiency is the speed-up over one GPU divided by their number. A row is printed and appended
-to FILE (JSON lines) as it is done, and the loss of each step is compared with that of the first number.
+a process of its own that trains by `sft_trainer`, with all that belongs to a step: collating, gradients over all GPUs, the log. With
+--load-in full the weights are shared out over the GPUs (FSDP2), else each has the whole model (DDP). The rows of a step are the same
+for all; efficiency is the speed-up over one GPU divided by their number. A row is printed and appended to FILE (JSON lines) as it is
+done, and the loss of each step is compared with that of the first number.
 """
 
 import argparse

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 
 # settings that may name a file or a folder; some of them a Hub id, a share or a number too
+SHARING = ("auto", "adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")  # torch's own (train/sharded.py)
 FILES = ("data.path", "data.train", "data.validation", "data.test", "model.id", "adapter.path")
 
 
@@ -50,6 +51,11 @@ def find_conflicts(config: "Config") -> list[str]:
         problems.append(
             f"train.gpus is {config.train.gpus}, and Unsloth trains in one process on one GPU. Set model.engine: huggingface (or auto), "
             "or train.gpus: 1."
+        )
+    if config.train.gpus > 1 and config.model.load_in == "full" and config.train.optim not in SHARING:
+        problems.append(
+            f"train.optim: {config.train.optim} is not known to optimise parts of weights, which the processes of train.gpus keep with "
+            f"model.load_in: full. Take one of {', '.join(SHARING)}."
         )
     if config.adapter.path and config.model.load_in == "full":
         problems.append(

@@ -107,6 +107,20 @@ def choose_dtype(config: "Config") -> "torch.dtype":
     return getattr(torch, wanted)
 
 
+def shares_weights(config: "Config") -> bool:
+    """Say whether several processes keep a part each of the weights that learn (train/sharded.py)."""
+    return config.train.gpus > 1 and config.model.load_in == "full"
+
+
+def choose_optimizer(config: "Config", device: str) -> str:
+    """Resolve `train.optim: auto`: 8-bit AdamW on a GPU, where bitsandbytes has it and no weight is a part of one, else torch's."""
+    if config.train.optim != "auto":
+        return config.train.optim
+    if device == "cpu":
+        return "adamw_torch"
+    return "adamw_torch_fused" if shares_weights(config) else "adamw_8bit"
+
+
 def free_disk(folder: Path) -> int:
     """Return the free bytes of the disk that holds `folder` or its nearest existing parent."""
     while not folder.exists():

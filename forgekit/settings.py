@@ -176,8 +176,8 @@ class Train(Section):
     gradient_accumulation_steps: int = setting(4, "forward passes added up before one optimiser step", ge=1)
     gpus: int = setting(
         1,
-        "processes that train together, each with a GPU and a copy of the model of its own (on a CPU they share its cores); they share "
-        "the rows of a step, whose number and order stay",
+        "processes that train together, each with a GPU of its own (on a CPU they share its cores) and a copy of the model, or with "
+        "load_in: full a part of its weights; they share the rows of a step, whose number and order stay",
         ge=1,
         le=64,
     )
@@ -191,7 +191,9 @@ class Train(Section):
     )
     num_train_epochs: float = setting(1, "passes over the training rows", gt=0)
     optim: str = setting(
-        "auto", "auto: adamw_8bit where bitsandbytes has a GPU, else adamw_torch; or any name transformers knows"
+        "auto",
+        "auto: adamw_8bit where bitsandbytes has a GPU (adamw_torch_fused with load_in: full on several), else adamw_torch; or any name "
+        "transformers knows",
     )
     weight_decay: float = setting(0.01, "pull of weights towards zero", ge=0, lt=1)
     lr_scheduler_type: str = setting(

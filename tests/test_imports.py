@@ -86,6 +86,7 @@ MAY_BE_HEAVY = (
             "recompute",
             "trial",
             "park",
+            "sharded",
             "tower_cache",
         )
     ),

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Config
 from ..errors import ConfigError
-from ..hardware import GIB
-from .memory import MemoryEstimate, choose_gpu_optimizer, estimate_memory
+from ..hardware import GIB, choose_optimizer
+from .memory import MemoryEstimate, estimate_memory
 from .plan import find_shapes, plan_layers
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def describe_fit(config: Config, memory: float, model: Any = None, **media: Any)
     """Return whether it fits into `memory` bytes and, where not, what to change, one line each."""
     shapes = find_shapes(config, model)
     needed = try_settings(config, {}, shapes, **media).total
-    text = f"needs {needed / GIB:.1f} GiB of {memory / GIB:.1f} GiB ({choose_gpu_optimizer(config)})"
+    text = f"needs {needed / GIB:.1f} GiB of {memory / GIB:.1f} GiB ({choose_optimizer(config, 'cuda')})"
     if needed <= memory:
         return f"{text}: fits"
     changes = "".join(f"\n  {change}" for change in rank_changes(config, shapes, **media))

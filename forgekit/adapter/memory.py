@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config
-from ..hardware import GIB
+from ..hardware import GIB, choose_optimizer, shares_weights
 from ..layer_groups import find_tower
 from ..model.load import KEEP_16BIT
 from ..model.shapes import Module, Shapes
@@ -140,8 +140,12 @@ def estimate_memory(
     full = sum(m.parameters for m in plan.modules if m.kind != "LoRA")
     copies = 0 if config.model.load_in == "full" else full * unit
     gradients = float(lora * own + full * unit)
-    state = STATES.get(choose_gpu_optimizer(config), STATES["adamw_torch"])
+    state = STATES.get(choose_optimizer(config, "cuda"), STATES["adamw_torch"])
     optimizer = state * (lora * own / 4 + full * unit / 4) if state > 2.5 else state * (lora + full)
+    if shares_weights(
+        config
+    ):  # the weights are counted whole: they are while they are loaded, and the largest while at work
+        gradients, optimizer = gradients / config.train.gpus, optimizer / config.train.gpus
     step = make_step(config, shapes, engine, own)
     fast = choose_fast_step(config, engine)
     if fast:
@@ -166,7 +170,7 @@ def estimate_memory(
         ("length", step.length),
         ("fast path", fast.memory if fast else "off"),
         *(() if fast else (("checkpointing", "on" if step.checkpointing else "off"),)),
-        ("optim", choose_gpu_optimizer(config)),
+        ("optim", choose_optimizer(config, "cuda")),
     )
     # what waits in the machine's memory while it trains is on the GPU before and after
     reserve = max(CONTEXT + FRAGMENTS * (peak - sum(weights)), CONTEXT + loading - peak)
@@ -189,11 +193,6 @@ def make_step(config: Config, shapes: Shapes, engine: str, matrices: int) -> Ste
         engine=engine,
         checkpointing=config.train.gradient_checkpointing != "off",
     )
-
-
-def choose_gpu_optimizer(config: Config) -> str:
-    """Return `train.optim` as a GPU resolves it."""
-    return "adamw_8bit" if config.train.optim == "auto" else config.train.optim
 
 
 def count_base(config: Config, shapes: Shapes, unit: int, absent: tuple[str, ...] = ()) -> tuple[float, float, float]:

@@ -21,6 +21,7 @@ from transformers.models.gemma3n.modeling_gemma3n import apply_rotary_pos_emb
 from .attention import Plan, attend, plan_attention
 from .rows import Rows
 
+GATHER = "_forgekit_gather"  # a layer's method that runs a step with its weights gathered, where processes share them (sharded.py)
 Stored = dict[int, list[torch.Tensor]]  # layer -> keys and values that layers behind it share
 
 
@@ -100,10 +101,16 @@ def run_calls(calls: list[Call], x: torch.Tensor) -> tuple[torch.Tensor, Stored]
     """Run steps one after the other on x; return the last one's result, and the keys and values that other layers share."""
     stored: Stored = {}
     for call in calls:
-        x, *own = call.step(call.module, x, *call.rest)
+        x, *own = run_step(call.step, call.module, x, *call.rest)
         if call.stores:
             stored[call.module.self_attn.layer_idx] = own
     return x, stored
+
+
+def run_step(step: Callable[..., Any], module: Any, *arguments: Any) -> Any:
+    """Run a step with the module's weights at hand."""
+    gather = vars(module).get(GATHER)
+    return gather(step, *arguments) if gather else step(module, *arguments)
 
 
 def find_source(layers: Any) -> int:

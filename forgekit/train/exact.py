@@ -5,6 +5,7 @@ With a `group`, several processes take each step together: the same rows, the sa
 
 import contextlib
 import math
+from pathlib import Path
 from typing import Any
 
 from ..data.randomness import kept_random_numbers
@@ -87,6 +88,30 @@ class ExactTraining:
             trainer: Any = self
             self.group.agree(trainer.control)
 
+    # ---- weights that are shared out --------------------------------------------------------------------------------
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Share the weights out first: a checkpoint's have been read by now, and each process optimises its part."""
+        if self.group and self.group.shards:
+            self.group.shards.shard()
+        return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not (self.group and self.group.shards):
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            return
+        import torch
+
+        from .sharded import load_moments
+
+        trainer: Any = self
+        load_moments(trainer.optimizer, Path(checkpoint) / "optimizer.pt")
+        trainer.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+
+    def _load_best_model(self) -> None:
+        if not (self.group and self.group.shards):  # else once they are whole again (`share_out`)
+            super()._load_best_model()  # type: ignore[misc]
+
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -132,6 +157,7 @@ class ExactTraining:
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)  # type: ignore[misc]
+        norm = norm.full_tensor() if self.group and self.group.shards else norm
         losses, self.step_losses = self.step_losses, []
         self.check_finite(self.exchange_losses(losses), norm)
         return norm

@@ -1,6 +1,7 @@
 """Several processes that take the same optimiser steps: who they are, what they tell each other, and how a trainer joins them.
 
-Gradients go through accelerate and torch's DistributedDataParallel (NCCL between GPUs, gloo between CPUs). What the processes
+Gradients go through accelerate and torch's DistributedDataParallel, or where all weights learn through its FSDP2 (sharded.py), by NCCL
+between GPUs and gloo between CPUs. What the processes
 agree on beside them (losses, whether to stop or save) goes through gloo, which notices within moments that one is gone: each step
 waits for it before weights change.
 """
@@ -31,6 +32,7 @@ class Group:
     rank: int
     size: int
     channel: Any  # torch's process group for what is said beside gradients
+    shards: Any = None  # `Shards` where each process keeps a part of the weights that learn (sharded.py)
 
     def gather(self, numbers: list[float]) -> list[list[float]]:
         """Return every process's numbers, by rank; all give equally many."""
@@ -113,12 +115,15 @@ class Group:
 
 
 @contextlib.contextmanager
-def join_group(trainer: Any, rank: int, size: int, meeting: Path, find_unused: bool) -> Iterator[Group]:
+def join_group(
+    trainer: Any, rank: int, size: int, meeting: Path, find_unused: bool, sharded: bool = False
+) -> Iterator[Group]:
     """Let a trainer take part in a training of `size` processes while the block runs; then it is one process's again.
 
     Args:
         meeting: a file on this machine where the processes find each other; nothing listens on a port for that.
         find_unused: whether a batch may leave a parameter that learns without a gradient.
+        sharded: each keeps a part of the weights that learn, and not all of them.
     """
     import torch.distributed as dist
 
@@ -135,10 +140,13 @@ def join_group(trainer: Any, rank: int, size: int, meeting: Path, find_unused: b
             trainer.group = meet(rank, size, meeting, cuda)
             trainer.args.ddp_find_unused_parameters = find_unused
             leave_frozen(trainer.model)
-            refresh(trainer)
-            with shared_steps(trainer.args, size), count_together(trainer, trainer.group), whole_graphs(cuda):
-                yield trainer.group
-                trainer.group.wait()
+            with share_weights(trainer, sharded):
+                refresh(trainer)
+                with shared_steps(trainer.args, size), count_together(trainer, trainer.group), whole_graphs(cuda):
+                    if sharded:
+                        leave_model(trainer.accelerator)
+                    yield trainer.group
+                    trainer.group.wait()
     except BaseException:
         abort_group()  # a group whose members are gone does not end by itself
         raise
@@ -146,6 +154,21 @@ def join_group(trainer: Any, rank: int, size: int, meeting: Path, find_unused: b
         trainer.group = None
         end_group()
         refresh(trainer)
+
+
+def share_weights(trainer: Any, sharded: bool) -> contextlib.AbstractContextManager[None]:
+    """Return the context in which a trainer's weights are shared out, or one that does nothing."""
+    if not sharded:
+        return contextlib.nullcontext()
+    from .sharded import share_out
+
+    return share_out(trainer, trainer.group)
+
+
+def leave_model(accelerator: Any) -> None:
+    """Keep accelerate from wrapping a sharded model into DistributedDataParallel."""
+    prepare = accelerator.prepare_model
+    accelerator.prepare_model = lambda model, **_: prepare(model, device_placement=False, evaluation_mode=True)
 
 
 def meet(rank: int, size: int, meeting: Path, cuda: bool) -> Group:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import flatten
 from ..errors import RunError
+from ..hardware import choose_device, choose_optimizer, shares_weights
 from ..run_folder import find_versions
 
 if TYPE_CHECKING:
@@ -38,6 +39,10 @@ def identify(config: "Config", model: Any, data: Mapping[str, Any]) -> Identity:
         for name, value in flatten(config.model_dump(mode="json")).items()
         if name not in FREE and name.partition(".")[0] not in FREE_SECTIONS
     }
+    if shares_weights(config):  # auto is another optimiser then, and its state another one
+        alone = config.change({"train.gpus": 1})
+        names = [choose_optimizer(this, choose_device(config)) for this in (config, alone)]
+        settings["train.optim"] = settings["train.optim"] if names[0] == names[1] else names[0]
     versions = {name: value for name, value in find_versions().items() if name not in NOT_COMPUTING}
     rows = {name: data[name] for name in ("train", "validation") if name in data}
     if not config.train.eval_steps:

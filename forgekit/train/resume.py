@@ -126,7 +126,7 @@ def start_smaller(trainer: Any, run: Run, say: "Callable[[str], None]") -> Path 
     """Halve the micro-batch, double the accumulation, and return the checkpoint to go on from, None at the first step.
 
     Weights, moments and schedule are those of the last whole step, unless memory ran out while the optimiser changed them:
-    then it is the newest checkpoint on disk. Raises RunError when there is none, and FreshProcessError under a supervisor,
+    or processes shared them: then it is the newest checkpoint on disk. Raises RunError when there is none, and FreshProcessError under a supervisor,
     which starts the notebook anew.
     """
     import torch
@@ -147,15 +147,18 @@ def start_smaller(trainer: Any, run: Run, say: "Callable[[str], None]") -> Path 
     say(words)
     change = {"step": step + 1, "rows": rows, "accumulated": args.gradient_accumulation_steps, "at": now()}
     run.update(smaller_batches=[*run.record.get("smaller_batches", []), change])
-    saved = checkpoints.save() if step and not checkpoints.stepping else None
+    whole = not checkpoints.stepping and checkpoints.lost is None
+    saved = checkpoints.save() if step and whole else None
     if is_supervised():
         raise FreshProcessError(f"{words} A fresh process goes on.")
-    if not checkpoints.stepping:
+    if whole:
         return saved
     checkpoint = find_newest(checkpoints.folder, say)
     if checkpoint is None:
+        when = "while the optimiser changed the weights" if checkpoints.stepping else "with the weights shared out"
         raise RunError(
-            "Memory ran out while the optimiser changed the weights, and there is no checkpoint yet: start again."
+            f"Memory ran out {when}, and there is no checkpoint yet: start again, with train.per_device_train_batch_size: {rows} and "
+            f"train.gradient_accumulation_steps: {args.gradient_accumulation_steps}."
         )
     return checkpoint
 

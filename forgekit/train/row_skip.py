@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .decoder import Call, run_calls, run_decoder
+from .decoder import GATHER, Call, run_calls, run_decoder
 from .loss import TokenLosses, measure_tokens, score_logits
 from .recompute import Memory, plan_memory, recompute
 from .rows import Rows, choose_rows
@@ -155,6 +155,8 @@ def decode(path: "FastPath", x: torch.Tensor, per_layer: torch.Tensor | None, ro
     kept = path.memory if path.compiles == path.compiled else "low"  # what fits compiled may not fit before
     taken = path.graphs.held if path.graphs and not path.graphs.recording else 0
     memory = plan_memory(kept, x.device, rows.tokens, path.compiles, taken)
+    if GATHER in vars(path.text.layers[0]):
+        memory.span = 1  # processes gather weights in one and the same order, whatever their memory lets them keep
     run = functools.partial(run_block, path, memory)
     return run_decoder(path.text, x, per_layer, rows, path.windows, path.kernel, run, memory.span, path.layers)
 

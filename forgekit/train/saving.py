@@ -1,5 +1,6 @@
 """When a checkpoint is saved, what goes into it, and what comes back out of it: the part of a training that its files do not hold."""
 
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from transformers.trainer_callback import ExportableState
 from ..faults import strike
 from .checkpoint import read_manifest, rotate, write_whole
 from .identity import Identity
+from .trial import changed
 
 
 class Checkpoints(TrainerCallback):
@@ -24,6 +26,7 @@ class Checkpoints(TrainerCallback):
         self.resumed: Path | None = None
         self.saved_at = time.monotonic()
         self.loss_before: Any = None  # inside a step: the loss added up before it
+        self.lost: Any = None  # the sizes of the weights, where those that learned are gone with other processes
         self.stepping = False  # from the first weight that the optimiser changes to the step's number
 
     # ---- when -------------------------------------------------------------------------------------------------------
@@ -71,11 +74,12 @@ class Checkpoints(TrainerCallback):
     def save(self) -> Path:
         """Write a checkpoint of this moment, which must not lie inside an optimiser step. Raises RunError.
 
-        Where several processes train together each calls this, and the first one writes.
+        Where several processes train together each calls this, gives its part, and the first one writes.
         """
         trainer, state = self.trainer, self.trainer.state
         path = self.folder / f"checkpoint-{state.global_step}"
         trainer.store_flos()
+        whole = gather_whole(trainer)
         if trainer.group and trainer.group.rank:  # rank 0 alone writes
             return path
         self.find_best(state, path)
@@ -85,20 +89,27 @@ class Checkpoints(TrainerCallback):
             "since_log": note_losses(trainer, trainer._tr_loss if self.loss_before is None else self.loss_before),
             "identity": self.identity,
         }  # fmt: skip
-        write_whole(path, self.write, about)
+        write_whole(path, functools.partial(self.write, whole=whole), about)
         rotate(self.folder, {path.name, Path(state.best_model_checkpoint or "").name})
         self.saved_at = time.monotonic()
         return path
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, whole: dict[str, Any] | None = None) -> None:
         """Write weights, optimiser, schedule, random numbers and the trainer's state.
 
         transformers' own way would add training_args.bin, a pickle that holds the Hub token in clear, and the tokenizer.
+
+        Args:
+            whole: weights and moments where the processes keep parts of them (`gather_whole`).
         """
         trainer = self.trainer
-        trainer.model.save_pretrained(str(folder))
+        if whole:
+            trainer.group.shards.model.save_pretrained(str(folder), state_dict=whole["weights"])
+        else:
+            trainer.model.save_pretrained(str(folder))
         strike("save_write")
-        trainer._save_optimizer_and_scheduler(str(folder))
+        with changed([trainer.optimizer] if whole else [], "state_dict", lambda: (whole or {})["moments"]):
+            trainer._save_optimizer_and_scheduler(str(folder))
         trainer._save_scaler(str(folder))
         trainer._save_rng_state(str(folder))
         for part in [*trainer.callback_handler.callbacks, trainer.control]:
@@ -110,6 +121,16 @@ class Checkpoints(TrainerCallback):
         """Let the state name the checkpoint with the best score, where it stands now: a run's folder may have been moved."""
         best = self.folder / f"checkpoint-{state.best_global_step}"
         state.best_model_checkpoint = str(best) if state.best_global_step and (best == new or best.is_dir()) else None
+
+
+def gather_whole(trainer: Any) -> dict[str, Any] | None:
+    """Return weights and the optimiser's state in rank 0's memory where processes keep parts of them; each has to call this."""
+    if not (trainer.group and trainer.group.shards):
+        return None
+    from .sharded import gather_moments
+
+    kept = trainer.group.rank == 0
+    return {"weights": trainer.group.shards.gather(kept), "moments": gather_moments(trainer.optimizer, kept)}
 
 
 def count_rows(args: Any) -> int:

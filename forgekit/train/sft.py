@@ -11,7 +11,7 @@ from ..config import Config, flatten
 from ..data.collate import Collator
 from ..errors import ConfigError
 from ..files import write_text
-from ..hardware import choose_device
+from ..hardware import choose_device, choose_optimizer
 from ..model.load import start_engine
 from ..model.slice import record_slice
 from ..model.trust import describe_source
@@ -188,7 +188,7 @@ def make_arguments(config: Config, engine: str, run: Run) -> "SFTConfig":
             warmup_steps=train.warmup_steps,
             max_steps=-1 if train.max_steps is None else train.max_steps,
             num_train_epochs=train.num_train_epochs,
-            optim=choose_optimizer(config),
+            optim=choose_optimizer(config, choose_device(config)),
             weight_decay=train.weight_decay,
             lr_scheduler_type=train.lr_scheduler_type,
             max_grad_norm=train.max_grad_norm,
@@ -239,13 +239,6 @@ def model_is_half(config: Config, dtype: str) -> bool:
     from ..hardware import choose_dtype
 
     return str(choose_dtype(config)) == f"torch.{dtype}"
-
-
-def choose_optimizer(config: Config) -> str:
-    """Resolve `train.optim: auto`: 8-bit AdamW where bitsandbytes has a GPU, else torch's AdamW."""
-    if config.train.optim != "auto":
-        return config.train.optim
-    return "adamw_8bit" if choose_device(config) == "cuda" else "adamw_torch"
 
 
 def in_notebook() -> bool:

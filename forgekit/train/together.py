@@ -1,4 +1,4 @@
-"""`train.gpus`: `trainer.train` as one of several processes, each with a GPU and a copy of the model of its own.
+"""`train.gpus`: `trainer.train` as one of several processes, each with a GPU of its own, and a copy of the model or a part of it.
 
 The notebook goes on before and after with its own model alone. What a step learns from does not depend on the number of processes,
 so a run may also be resumed with another number.
@@ -12,8 +12,8 @@ from typing import Any
 
 from ..adapter.plan import LayerPlan
 from ..config import Config
-from ..errors import ConfigError, ModelError
-from ..hardware import choose_device
+from ..errors import ConfigError, ModelError, RunError
+from ..hardware import choose_device, shares_weights
 from ..run_folder import Run
 from .group import abort_group, join_group
 from .resume import set_batch
@@ -46,11 +46,12 @@ def train_together(
 
     @functools.wraps(train)
     def train_in_group(resume_from_checkpoint: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        check_weights(trainer, resume_from_checkpoint)
         rows, accumulated = split_batch(
             trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps, size
         )
         set_batch(trainer, rows, accumulated)
-        find_unused = leaves_out(plan)
+        find_unused, sharded = leaves_out(plan), shares_weights(config)
         with (
             tempfile.TemporaryDirectory(prefix="forgekit-") as folder,
             open_workers(run.path / "logs", abort_group) as workers,
@@ -58,7 +59,7 @@ def train_together(
             say(f"Starting {size - 1} more processes, each loads the model; their logs are logs/rank1.log and so on.")
             first: dict[str, Any] = {
                 "size": size, "meeting": str(Path(folder) / "meeting"), "checkpoint": resume_from_checkpoint, "rows": rows,
-                "accumulated": accumulated, "find_unused": find_unused, "run": str(run.path), "path": list_imports(),
+                "accumulated": accumulated, "find_unused": find_unused, "sharded": sharded, "run": str(run.path), "path": list_imports(),
             }  # fmt: skip
             rest = pack_job(config, data)
             workers.start(
@@ -70,10 +71,19 @@ def train_together(
                 f"{rows * accumulated} rows a step."
             )
             run.update(processes={"number": size, "rows": rows, "accumulated": accumulated // size})
-            with join_group(trainer, 0, size, Path(first["meeting"]), find_unused), workers.judge():
+            with join_group(trainer, 0, size, Path(first["meeting"]), find_unused, sharded), workers.judge():
                 return train(resume_from_checkpoint, *args, **kwargs)
 
     trainer.train = train_in_group
+
+
+def check_weights(trainer: Any, checkpoint: str | None) -> None:
+    """Raise RunError when a training that failed took the model's weights with it, and no checkpoint brings them back."""
+    if trainer.checkpoints.lost and checkpoint is None:
+        raise RunError(
+            "The weights that learned were shared over processes that are gone, and there is no checkpoint of them: load the model "
+            "again (in a notebook, from load_model on)."
+        )
 
 
 def check_gpus(config: Config) -> None:

@@ -100,7 +100,9 @@ def train(first: dict[str, Any], rest: bytes, line: Connection) -> None:
     trainer.checkpoints.resumed = first["checkpoint"] and Path(first["checkpoint"])
     set_batch(trainer, first["rows"], first["accumulated"])
     say(line, ready=trainer.checkpoints.identity["base"])
-    with join_group(trainer, first["rank"], first["size"], Path(first["meeting"]), first["find_unused"]):
+    with join_group(
+        trainer, first["rank"], first["size"], Path(first["meeting"]), first["find_unused"], first["sharded"]
+    ):
         try:
             trainer.train(first["checkpoint"])
         except (

@@ -183,21 +183,6 @@ def test_without_memory_all_go_on_with_half_a_batch(warm: Any, alone: str) -> No
 
 
 @pytest.mark.slow
-def test_all_weights_can_learn_together(warm: Any) -> None:
-    runs = []
-    for gpus in (1, 2):
-        runs.append(warm.new_run())
-        settings = PLAIN | {
-            "train.gpus": gpus,
-            "model.load_in": "full",
-            "export.formats": ["merged"],
-            "train.learning_rate": 1e-4,
-        }
-        assert warm.train(runs[-1], settings=settings) == 0, warm.log(runs[-1])
-    assert find_difference(*(dict(warm.read_losses(run)) for run in runs)) < 1e-5
-
-
-@pytest.mark.slow
 def test_an_adapter_without_a_gradient_does_not_part_them(warm: Any) -> None:
     """transformers passes by an adapter on AltUp's correction while it trains; DDP would wait for its gradient."""
     runs = []

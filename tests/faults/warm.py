@@ -3,7 +3,7 @@
 A job is a JSON object: folder (of the checkpoint, the rows and the runs), run, settings, environment, export (instead of a
 training: an adapter that is drawn), and what is to go wrong beside FORGEKIT_FAULT: full_disk_at (a step at which files can no
 longer grow), kill_worker_at (a step), fill_at (a step at which the disk is filled), kill_after (seconds since the training began), mutant (a defence that
-is taken out). With `supervised` (hang and timeout, in seconds) the Supervisor of `forgekit run` watches the child.
+is taken out), look_back (at the model, behind the training). With `supervised` (hang and timeout, in seconds) the Supervisor of `forgekit run` watches the child.
 With train.gpus the other processes are forked too. Started with one thread, because a forked process may not use a parent's thread pool.
 """
 
@@ -19,6 +19,8 @@ import time
 import traceback
 from pathlib import Path
 from typing import Any
+
+import parts  # beside this script
 
 FULL_DISK = 6000  # bytes that a file may grow to: a line of the log, and no checkpoint
 
@@ -108,6 +110,8 @@ def train(job: dict[str, Any], began: int | None = None) -> None:
     if job.get("mutant") in MUTANTS:
         MUTANTS[job["mutant"]](trainer)
     trainer.train()
+    if job.get("look_back"):
+        parts.look_back(trainer, model)
     run.finish("stopped" if trainer.state.global_step < trainer.state.max_steps else "completed")
 
 
@@ -276,7 +280,7 @@ def learn_from_fillings() -> None:
 
 
 # taken out before the trainer is made, in all processes
-EARLY = {mutant.__name__: mutant for mutant in (take_means_of_ranks, learn_from_fillings)}
+EARLY = {mutant.__name__: mutant for mutant in (take_means_of_ranks, learn_from_fillings, *parts.EARLY)}
 MUTANTS = {
     mutant.__name__: mutant
     for mutant in (restart_schedule, lose_random_numbers, lose_the_epoch, draw_rows_together, save_inside_the_step)
