@@ -42,11 +42,12 @@ def train_together(
         return
     check_gpus(config)
     split_batch(trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps, size)
-    train = trainer.train
+    train, arguments = trainer.train, list_arguments(trainer)
 
     @functools.wraps(train)
     def train_in_group(resume_from_checkpoint: str | None = None, *args: Any, **kwargs: Any) -> Any:
         check_weights(trainer, resume_from_checkpoint)
+        check_arguments(trainer, arguments)
         rows, accumulated = split_batch(
             trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps, size
         )
@@ -83,6 +84,22 @@ def check_weights(trainer: Any, checkpoint: str | None) -> None:
         raise RunError(
             "The weights that learned were shared over processes that are gone, and there is no checkpoint of them: load the model "
             "again (in a notebook, from load_model on)."
+        )
+
+
+def list_arguments(trainer: Any) -> dict[str, Any]:
+    """Return the trainer's arguments that other processes make for themselves from the settings."""
+    told = ("per_device_train_batch_size", "gradient_accumulation_steps", "ddp_find_unused_parameters")
+    return {name: value for name, value in trainer.args.to_dict().items() if name not in told}
+
+
+def check_arguments(trainer: Any, before: Mapping[str, Any]) -> None:
+    """Raise ConfigError when a cell has changed arguments since the trainer was made: one process would wait for the others for ever."""
+    changed = [name for name, value in list_arguments(trainer).items() if value != before[name]]
+    if changed:
+        raise ConfigError(
+            f"trainer.args.{changed[0]} was changed after the trainer was made, and the other processes of train.gpus take theirs from "
+            "the settings. Change the setting (config.change) and make the trainer anew."
         )
 
 

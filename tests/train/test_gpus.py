@@ -82,6 +82,14 @@ def test_more_gpus_than_there_are_are_refused(monkeypatch: pytest.MonkeyPatch) -
         together.check_gpus(load_config(None, {"train.gpus": 4}))
 
 
+def test_arguments_that_a_cell_changed_are_refused_before_anybody_waits(make_run: Any) -> None:
+    made = make_run({"train.gpus": 2, "train.gradient_accumulation_steps": 2})
+    trainer = getattr(made, "trainer", made)
+    trainer.args.max_steps = 3
+    with pytest.raises(ConfigError, match=r"trainer\.args\.max_steps was changed after the trainer was made"):
+        trainer.train()
+
+
 def test_a_worker_gets_the_gpu_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
