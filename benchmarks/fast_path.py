@@ -98,8 +98,8 @@ def run_side(side: str, shapes: list[str], checkpoint: str, out: Path, turn: Pat
 
     if side.startswith("unsloth"):
         import unsloth  # noqa: F401
-    from benchmarks.sides import PARKED, Clock, compare_recorded, load_side
-    from forgekit.train.fast_path import unwrap
+    from benchmarks.sides import PARKED, Clock, load_side
+    from forgekit.train.fast_path import get_fast_path, unwrap
     from forgekit.train.tower_cache import cache_towers
 
     kind = SHAPES[shapes[0]][4]
@@ -120,7 +120,9 @@ def run_side(side: str, shapes: list[str], checkpoint: str, out: Path, turn: Pat
             row |= clock.measure(batches[2:] if epoch else batches, EPOCH - 2 if epoch else STEPS, warm)
             if "graphs" in side:  # which keep memory that torch does not count as allocated
                 row["peak_gib"] = row["reserved_gib"]
-                row["recorded_difference"] = compare_recorded(model, loss_of, batches[0])
+                path = get_fast_path(model)
+                row["recorded_difference"] = path and path.graphs and path.graphs.difference
+                row["recordings"] = path and path.graphs and len(path.graphs.recordings)
             row |= count_floor(model, batches)
             row["tokens_per_s"] = round(row["tokens"] / row["ms"] * 1000)
             if epoch:  # with all that was compiled on the way
@@ -143,7 +145,8 @@ def run_side(side: str, shapes: list[str], checkpoint: str, out: Path, turn: Pat
             with cache_towers(unwrap(model), {medium}):  # what a second epoch costs
                 warm = clock.warm_up(batches, 2)
                 again = row | {"side": f"{side}-cached"} | clock.measure(batches, STEPS, warm)
-            write_row(again | {"tokens_per_s": round(row["tokens"] / again["ms"] * 1000)}, out)
+            again |= {"tokens_per_s": round(row["tokens"] / again["ms"] * 1000), "utilisation": None}
+            write_row(again | ({"peak_gib": again["reserved_gib"]} if "graphs" in side else {}), out)
     PARKED.close()
 
 
@@ -252,10 +255,12 @@ def run_in_turn(groups: list[Group], options: argparse.Namespace, folder: Path) 
             if time.monotonic() - started > options.warm_seconds:
                 break
             time.sleep(0.2)
-        late = list(waiting)  # these measure last, if they come to it
-        late_sides = f", but for {', '.join(groups[n][1] for n in late)}" if late else ""
+        late = list(waiting)
+        for number in late:  # nobody measures beside one that compiles
+            processes[number].kill()
+        late_sides = f", but for {', '.join(groups[n][1] for n in late)}, which ended here" if late else ""
         print(f"    all warm after {time.monotonic() - started:.0f} s{late_sides}", flush=True)
-        for number in [n for n in range(len(processes)) if n not in late] + late:
+        for number in (n for n in range(len(processes)) if n not in late):
             (folder / f"{number}.go").touch()
             began = time.monotonic()
             while processes[number].poll() is None and not is_over() and time.monotonic() - began < options.turn_seconds:  # fmt: skip

@@ -5,7 +5,6 @@ All train the same adapter (LoRA r = 8 on the language model) on the same batche
 
 import contextlib
 import time
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -109,36 +108,6 @@ def load_forgekit(model: Any, words: list[str], media: set[str]) -> tuple[Any, S
         compact(path.base)
         print(f"    {torch.cuda.memory_allocated() / 2**30:.2f} GiB of weights on the GPU", flush=True)
     return model, lambda batch: model(**batch, use_cache=False).loss
-
-
-def compare_recorded(model: Any, loss_of: Step, batch: dict[str, torch.Tensor]) -> float | None:
-    """Return the largest relative difference of a gradient by a recording and by the same kernels launched one by one.
-
-    None where the batch has no recording. Flash attention adds up its gradients in any order, so it is not zero.
-    """
-    from forgekit.train.fast_path import get_fast_path
-    from forgekit.train.graphs import Ticket
-
-    path = get_fast_path(model)
-    if path is None or path.graphs is None:
-        return None
-
-    def find_gradients() -> list[torch.Tensor]:
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = loss_of(batch)
-        loss.backward()
-        found = [p.grad.float().clone() for p in model.parameters() if p.grad is not None]
-        model.zero_grad(set_to_none=True)
-        return found
-
-    before = path.graphs.batches
-    recorded = find_gradients()
-    if path.graphs.batches == before:
-        return None
-    ticket = Ticket()  # as if another batch had the recordings' memory
-    path.graphs.ticket = weakref.ref(ticket)
-    launched = find_gradients()
-    return max(float((a - b).norm() / b.norm()) for a, b in zip(recorded, launched, strict=True) if b.norm() > 0)
 
 
 class Clock:

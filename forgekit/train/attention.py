@@ -43,7 +43,7 @@ def plan_attention(rows: Rows, stage: str, kind: str, window: int | None, kernel
 
 def longest_row(line: Line, rows: Rows) -> int:
     """Return the length of the longest row, the filling's included; at least 2, as one query has a kernel of its own."""
-    return max(line.longest, rows.flat.numel() - rows.tokens, 2)
+    return max(line.longest, rows.filling, 2)
 
 
 def row_starts(line: Line) -> torch.Tensor:

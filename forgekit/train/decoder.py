@@ -136,10 +136,10 @@ def clamp_coefficients(text: Any) -> None:
     for layer in text.layers:
         weight = layer.altup.prediction_coefs.weight
         if weight.is_floating_point() and (
-            weight.requires_grad or not getattr(layer.altup, "_forgekit_clamped", False)
+            weight.requires_grad or getattr(layer.altup, "_forgekit_clamped", None) != clip
         ):
             weight.data.clamp_(-clip, clip)
-            layer.altup._forgekit_clamped = True
+            layer.altup._forgekit_clamped = clip
 
 
 def expand(text: Any, x: torch.Tensor) -> tuple[torch.Tensor]:

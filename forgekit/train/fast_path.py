@@ -77,6 +77,7 @@ class FastPath:
             "kernel": self.kernel,
             "compiled": self.compiled,
             "recorded_batches": self.graphs.batches if self.graphs else 0,
+            "recorded_difference": self.graphs.difference if self.graphs else None,
             "lower_rows_skipped": round(1 - self.tokens / self.places, 4) if self.places else None,
             "upper_rows_skipped": round(1 - self.learned / self.places, 4) if self.places else None,
             "estimated_gain": round(self.estimate_gain(), 3) if self.places else None,

@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import torch
 
 from ..model.table import lend_table, stay_put
@@ -81,12 +82,18 @@ def park_table(text: Any) -> Iterator[bool]:
 def compact(model: Any) -> None:
     """Give the GPU back the places of weights that were parked, for others than torch's usual tensors: for CUDA graphs.
 
-    transformers loads a model into one block of memory, and a block with holes stays torch's as a whole. Seconds for some GB.
+    transformers loads a model into one block of memory, and a block with holes stays torch's as a whole. Seconds for some GB, which
+    pass through the machine's memory; where that has not twice as much free, nothing is done.
     """
     weights = [*model.parameters(), *model.buffers()]
     homes = {weight: weight.device for weight in weights if weight.is_cuda}
-    for weight in homes:
-        weight.data = weight.data.cpu()
-    torch.cuda.empty_cache()
-    for weight, home in homes.items():
-        weight.data = weight.data.to(home)
+    size = sum(weight.numel() * weight.element_size() for weight in homes)
+    if size > psutil.virtual_memory().available / 2:
+        return
+    try:
+        for weight in homes:
+            weight.data = weight.data.cpu()
+        torch.cuda.empty_cache()
+    finally:
+        for weight, home in homes.items():
+            weight.data = weight.data.to(home)

@@ -64,13 +64,16 @@ class Memory:
         return result
 
 
-def plan_memory(memory: str | float, device: torch.device, tokens: int, compiled: bool, taken: int = 0) -> Memory:
+def plan_memory(
+    memory: str | float, device: torch.device, tokens: int, compiled: bool, taken: int = 0, share: float = 1.0
+) -> Memory:
     """Return the plan for `train.memory`: low, high, auto (what the GPU has; everything on a CPU), or a number of GiB.
 
     Args:
         tokens: of the batch.
         compiled: whether its layers are.
         taken: bytes that this process has and this batch cannot use.
+        share: of what "auto" finds free.
     """
     if memory == "low":
         return Memory(0, 1 if compiled and tokens < PAIRED_TOKENS else SPAN)
@@ -79,5 +82,7 @@ def plan_memory(memory: str | float, device: torch.device, tokens: int, compiled
     if memory == "auto":
         free, total = torch.cuda.mem_get_info(device)
         ours = torch.cuda.memory_reserved(device) - taken
-        return Memory(max(1, int((free + ours) * SHARE) - RESERVE))
+        used = torch.cuda.memory_allocated(device)
+        limit = int((free + ours) * SHARE) - RESERVE
+        return Memory(max(1, used + int((limit - used) * share)))
     return Memory(int(float(memory) * GIB))

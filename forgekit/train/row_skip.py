@@ -35,7 +35,9 @@ def wrap_forward(library: Callable[..., Any], path: "FastPath") -> Any:
     @functools.wraps(type(path.base).forward)  # its signature is looked at by Trainer and by generate
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not path.on or not self.training:
-            return library(*args, **kwargs)
+            return make_room(path, lambda: library(*args, **kwargs))
+        if path.graphs:
+            path.graphs.look_at_model()
         values = {**dict(zip(taken, args, strict=False)), **kwargs}
         reason = find_request(path, values)
         rows = None
@@ -48,7 +50,7 @@ def wrap_forward(library: Callable[..., Any], path: "FastPath") -> Any:
             path.fall_back(str(reason))
             return library(*args, **kwargs)
         fused = bool(values.get("fused_lm_head"))  # how TRL's SFTTrainer asks for the loss of each token
-        tokens = run_model(path, values, rows, statistics=fused)
+        tokens = make_room(path, lambda: run_model(path, values, rows, statistics=fused))
         loss = average(tokens.loss, rows, values.get("num_items_in_batch"))
         return make_fused_output(loss, tokens, rows, values["labels"]) if fused else make_output(path, loss)
 
@@ -140,25 +142,46 @@ def wrap_text(library: Callable[..., Any], path: "FastPath") -> Any:
         if ids is not None:
             embedded, per_layer = self.embed_tokens(ids), self.get_per_layer_inputs(ids)
         embedded, per_layer = (value if value is None else value.flatten(0, 1).index_select(0, path.rows.flat) for value in (embedded, per_layer))  # fmt: skip
+        plans = plan_batch(path, path.rows.flat.device, path.rows.tokens)
         if path.graphs and path.compiles:
-            hidden = path.graphs.run(functools.partial(decode, path), embedded, per_layer, path.rows)
+            hidden = path.graphs.run(functools.partial(decode, path, plans), embedded, per_layer, path.rows)
         else:
-            hidden = decode(path, embedded, per_layer, path.rows)
+            hidden = decode(path, plans, embedded, per_layer, path.rows)
         return BaseModelOutputWithPast(last_hidden_state=hidden[None])
 
     forward._forgekit = path  # type: ignore[attr-defined]
     return forward
 
 
-def decode(path: "FastPath", x: torch.Tensor, per_layer: torch.Tensor | None, rows: Rows) -> torch.Tensor:
-    """Run the decoder on the rows' embeddings, keeping what the settings say: [N, H] -> [M, H]."""
-    kept = path.memory if path.compiles == path.compiled else "low"  # what fits compiled may not fit before
-    taken = path.graphs.held if path.graphs and not path.graphs.recording else 0
-    memory = plan_memory(kept, x.device, rows.tokens, path.compiles, taken)
-    if GATHER in vars(path.text.layers[0]):
-        memory.span = 1  # processes gather weights in one and the same order, whatever their memory lets them keep
+def make_room(path: "FastPath", run: Callable[[], Any]) -> Any:
+    """Return what `run` returns, if need be with the memory that recordings hold."""
+    return path.graphs.make_room(run) if path.graphs else run()
+
+
+def decode(
+    path: "FastPath", plans: dict[bool, Memory], x: torch.Tensor, per_layer: torch.Tensor | None, rows: Rows
+) -> torch.Tensor:
+    """Run the decoder on the rows' embeddings, [N, H] -> [M, H].
+
+    Args:
+        plans: what is kept for the backward, while a recording is made (True) and otherwise.
+    """
+    plan = plans[bool(path.graphs and path.graphs.recording)]
+    # processes gather weights in one and the same order, whatever their memory lets them keep
+    memory = Memory(plan.limit, 1 if GATHER in vars(path.text.layers[0]) else plan.span)
     run = functools.partial(run_block, path, memory)
     return run_decoder(path.text, x, per_layer, rows, path.windows, path.kernel, run, memory.span, path.layers)
+
+
+def plan_batch(path: "FastPath", device: torch.device, tokens: int) -> dict[bool, Memory]:
+    """Return the plans of a batch's memory; they are made before a recording, in which nobody may ask the driver what is free."""
+    kept = path.memory if path.compiles == path.compiled else "low"  # what fits compiled may not fit before
+    taken = path.graphs.held if path.graphs else 0
+    return {
+        False: plan_memory(kept, device, tokens, path.compiles, taken),
+        # half of what is free: batches without a recording need the other half
+        True: plan_memory(kept, device, tokens, path.compiles, share=0.5),
+    }
 
 
 def run_block(

@@ -1,34 +1,53 @@
 """Batches by recordings: the same losses and gradients, whatever comes in between.
 
-On a CPU nothing can be recorded, so a stand-in runs what was to be recorded once more and puts its results where a replay would; all
-around it is the real thing. The tests marked `gpu` record.
+On a CPU a stand-in notes the operations (torch's own, below autograd) and runs them again on the same tensors, as a CUDA graph does:
+no Python runs again. All around it is the real thing. The tests marked `gpu` record.
 """
 
+import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from forgekit.train.fast_path import disable_fast_path, enable_fast_path
-from forgekit.train.graphs import SEEN, Graphs
+from forgekit.train.graphs import SEEN, Graphs, Ticket
+from forgekit.train.recording import bound
+from forgekit.train.rows import choose_rows, fill_up
 
 EXACT = 1e-6
 
 
-def rerun(function: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]:
-    """Stand in for `capture`: a replay runs the function again and fills its first result."""
+def tape(function: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]:
+    """Stand in for `capture`."""
     import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
 
-    def as_list(result: Any) -> list[Any]:
-        return [value for value in (result if isinstance(result, list) else [result]) if value is not None]
+    operations: list[tuple[Any, Any, Any, Any]] = []
 
-    first = function()
+    class Tape(TorchDispatchMode):
+        def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = operation(*args, **(kwargs or {}))
+            operations.append((operation, args, kwargs or {}, result))
+            return result
+
+    def list_tensors(values: Any) -> list[Any]:
+        return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+
+    with Tape():
+        first = function()
 
     def replay() -> None:
-        with torch.enable_grad():
-            found = function()
-        for old, new in zip(as_list(first), as_list(found), strict=True):
-            old.detach().copy_(new.detach())
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            for operation, args, kwargs, result in operations:
+                inputs = {value.untyped_storage().data_ptr() for value in list_tensors((args, kwargs))}
+                found = operation(*args, **kwargs)
+                for old, new in zip(list_tensors(result), list_tensors(found), strict=True):
+                    if (
+                        old.untyped_storage().data_ptr() not in inputs and old.numel()
+                    ):  # else a view, or changed in place
+                        old.detach().copy_(new.detach())
 
     return replay, first
 
@@ -41,9 +60,9 @@ def record(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
     def enable(model: Any, **settings: Any) -> Any:
-        path = enable_fast_path(model, compiled=True, uncompiled_batches=0, memory="high", **settings)
+        path = enable_fast_path(model, compiled=True, uncompiled_batches=0, **{"memory": "high"} | settings)
         assert path
-        path.graphs = Graphs(path.text, capture=rerun)
+        path.graphs = Graphs(path.text, capture=tape)
         return path
 
     return enable
@@ -83,7 +102,7 @@ def plain_batch(length: int, learned: tuple[int, int], seed: int = 0) -> dict[st
 
 def test_batches_that_differ_a_little_share_a_recording(small: Any, record: Any) -> None:
     model = small.add_lora(small.text_model())
-    batches = [plain_batch(40, (9, 9)), plain_batch(38, (9, 9)), plain_batch(41, (4, 15)), plain_batch(39, (20, 1))]
+    batches = [plain_batch(40, (9, 9)), plain_batch(38, (9, 9)), plain_batch(41, (4, 15)), plain_batch(39, (13, 1))]
     right = [small.gradients(model, [batch]) for batch in batches]
     path = record(model)
     for batch, expected in zip(batches, right, strict=True):
@@ -111,6 +130,9 @@ def test_gradients_add_up_over_batches_and_steps_change_weights(small: Any, reco
             optimizer.zero_grad(set_to_none=True)
         curves.append(losses)
     assert path.graphs.batches == 11
+    model(**small.draw_batch(30)).loss.backward()
+    fixed = {gradient.data_ptr() for gradient in path.graphs.workshop.gradients}
+    assert fixed and not fixed & {p.grad.data_ptr() for p in model.parameters() if p.grad is not None}
     assert curves[1] == pytest.approx(curves[0], rel=1e-6)
     assert len(set(curves[0])) == 12
 
@@ -156,48 +178,136 @@ def test_a_backward_that_comes_too_late_is_an_error() -> None:
     batch = plain_batch(20, (9, 9))
     rows = choose_rows(batch["labels"], None, {"any": None})
     assert rows
-    graphs, x = Graphs(layer, capture=rerun), torch.randn(rows.flat.numel(), 4)
+    graphs, x = Graphs(layer, capture=tape), torch.randn(rows.flat.numel(), 4)
 
     def run() -> Any:
         return graphs.run(lambda x, per_layer, rows: layer(x)[rows.upper.index], x, None, rows)
 
     for _ in range(SEEN):
         run().sum().backward()
-    late = run().sum()
+    late, again = run().sum(), None
     late.backward(retain_graph=True)
-    run().sum().backward()
-    with pytest.raises(RuntimeError, match="after the next batch had taken its memory"):
+    with pytest.raises(RuntimeError, match="a recorded batch has one backward"):
         late.backward()
+    before = graphs.turn
+    again = run().sum()
+    graphs.turn = before + 2  # as if another batch had begun
+    with pytest.raises(RuntimeError, match="before the next batch begins"):
+        again.backward()
     assert graphs.batches == 3
 
 
-@pytest.mark.parametrize("change", ["weights move", "adapter off", "fewer learn", "eval and back"])
-def test_a_changed_model_is_recorded_anew(small: Any, record: Any, change: str) -> None:
+def scale_adapter(layer: Any) -> None:
+    layer.mlp.up_proj.scaling["default"] *= 3
+
+
+def turn_adapters_off(layer: Any) -> None:
+    for module in layer.modules():
+        if hasattr(module, "enable_adapters"):
+            module.enable_adapters(False)
+
+
+def move_a_weight(layer: Any) -> None:
+    weight = layer.mlp.up_proj.lora_B.default.weight
+    weight.data = weight.data * 2
+
+
+def let_a_weight_rest(layer: Any) -> None:
+    layer.mlp.up_proj.lora_B.default.weight.requires_grad_(False)
+
+
+def put_a_new_weight(layer: Any) -> None:
     import torch
 
+    part = layer.mlp.up_proj.lora_B.default
+    part.weight = torch.nn.Parameter(part.weight.data)
+
+
+def put_another_buffer(layer: Any) -> None:
+    layer.altup.router_input_scale = layer.altup.router_input_scale * 2
+
+
+def clip_coefficients(layer: Any) -> None:
+    layer.config.altup_coef_clip = 0.05
+
+
+def put_another_module(layer: Any) -> None:
+    import copy
+
+    layer.mlp.act_fn = copy.deepcopy(layer.mlp.act_fn)
+    layer.input_layernorm = copy.deepcopy(layer.input_layernorm)
+    layer.input_layernorm.weight.data.mul_(1.5)
+
+
+def watch_a_module(layer: Any) -> None:
+    layer.mlp.up_proj.register_forward_hook(lambda module, inputs, output: output * 1.5)
+
+
+CHANGES = (scale_adapter, turn_adapters_off, move_a_weight, let_a_weight_rest, put_a_new_weight, put_another_buffer, clip_coefficients, put_another_module, watch_a_module)  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_model_is_not_run_as_it_was_recorded(small: Any, record: Any, change: Callable[[Any], None]) -> None:
     model = small.add_lora(small.text_model())
     path = record(model)
     batch = small.draw_batch(30)
     for _ in range(SEEN):
         small.gradients(model, [batch])
     assert path.graphs.batches == 1
-    weight = path.text.layers[0].mlp.up_proj.lora_B.default.weight
-    if change == "weights move":
-        with torch.no_grad():
-            weight.data = weight.data * 2
-    elif change == "fewer learn":
-        weight.requires_grad_(False)
-    elif change == "adapter off":
-        for module in path.text.layers[1].modules():
-            if hasattr(module, "enable_adapters"):
-                module.enable_adapters(False)
-    else:
-        model.eval()
-        model.train()
+    change(path.text.layers[1])
     got = small.gradients(model, [batch])
-    assert path.graphs.batches == (2 if change == "eval and back" else 1)
+    assert path.graphs.batches == 1 and not path.graphs.recordings
+    small.gradients(model, [batch])
+    assert path.graphs.batches == (1 if change is watch_a_module else 2)
     disable_fast_path(model)
     assert small.difference(small.gradients(model, [batch]), got) < EXACT
+
+
+def test_a_score_in_between_changes_nothing(small: Any, record: Any) -> None:
+    model = small.add_lora(small.text_model())
+    path = record(model)
+    batch = small.draw_batch(30)
+    for _ in range(SEEN):
+        small.gradients(model, [batch])
+    model.eval()
+    model(**batch)
+    model.train()
+    small.gradients(model, [batch])
+    assert path.graphs.batches == 2
+
+
+@pytest.mark.parametrize("memory", ["high", "low"])
+@pytest.mark.parametrize("mutant", [False, True])
+def test_weights_are_cast_anew_in_each_batch(small: Any, record: Any, monkeypatch: pytest.MonkeyPatch, memory: str, mutant: bool) -> None:  # fmt: skip
+    """Under autocast, which keeps the casts of a forward: a recording that read kept ones would train on old weights."""
+    import weakref
+
+    import torch
+
+    if mutant:
+        monkeypatch.setattr(torch, "clear_autocast_cache", lambda: None)
+    model = small.add_lora(small.text_model(dtype="float32"))
+    path = record(model, memory=memory)
+    batch = plain_batch(60, (20, 9))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+    def run() -> tuple[list[float], dict[str, Any]]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return small.gradients(model, [batch])
+
+    for _ in range(SEEN + 2):
+        run()
+        optimizer.step()
+    if mutant:  # the comparison of a new recording already finds it
+        assert "off what it recorded" in path.graphs.why_not and not path.graphs.batches
+        return
+    before = path.graphs.batches
+    recorded = run()
+    assert path.graphs.batches == before + 1
+    ticket = Ticket()
+    path.graphs.ticket = weakref.ref(ticket)
+    assert small.difference(run(), recorded) < 1e-5
+    assert path.graphs.batches == before + 1
 
 
 def test_a_learning_tower_gets_its_gradient_through_a_recording(small: Any, record: Any) -> None:
@@ -213,18 +323,26 @@ def test_a_learning_tower_gets_its_gradient_through_a_recording(small: Any, reco
 
 
 def test_dropout_and_whole_weights_are_not_recorded(small: Any, record: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
     batch = small.draw_batch(30)
     dropped = small.add_lora(small.text_model(), lora_dropout=0.1)
     path = record(dropped)
     for _ in range(SEEN):
         small.gradients(dropped, [batch])
-    assert not path.graphs.recordings and "dropout" in path.graphs.why_not
+    assert not path.graphs.recordings and "dropout" in path.graphs.unfit
+    for module in dropped.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for _ in range(SEEN):
+        small.gradients(dropped, [batch])
+    assert path.graphs.unfit is None and path.graphs.batches == 1
     monkeypatch.setattr("forgekit.train.graphs.LEARNED_BYTES", 1000)
     model = small.add_lora(small.text_model())
     path = record(model)
     for _ in range(SEEN):
         small.gradients(model, [batch])
-    assert not path.graphs.recordings and path.graphs.why_not == "more learns than an adapter"
+    assert not path.graphs.recordings and path.graphs.unfit == "more learns than an adapter"
 
 
 def test_what_cannot_be_recorded_is_said_once_and_computed_without(small: Any, record: Any, capsys: Any) -> None:
@@ -258,8 +376,103 @@ def test_a_recording_that_reads_old_places_is_found(small: Any, record: Any, mon
     assert path.graphs.batches == 2
 
 
+def stand_still(function: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]:
+    """A recording that never runs again."""
+    return lambda: None, function()
+
+
+def read_old_inputs(function: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]:
+    """A recording that gives what it gave when it was made."""
+    import torch
+
+    replay, result = tape(function, pool)
+    values = [value for value in (result if isinstance(result, list) else [result]) if value is not None]
+    kept = [value.clone() for value in values]
+    return lambda: [old.detach().copy_(new) for old, new in zip(values, kept, strict=True)] and None, result if torch else None  # fmt: skip
+
+
+@pytest.mark.parametrize("broken", [stand_still, read_old_inputs])
+def test_a_wrong_recording_is_found_before_it_is_used(small: Any, record: Any, broken: Any, capsys: Any) -> None:
+    model = small.add_lora(small.text_model())
+    batch = small.draw_batch(30)
+    right = small.gradients(model, [batch])
+    path = record(model)
+    path.graphs.capture = broken
+    for _ in range(SEEN + 1):
+        assert small.difference(right, small.gradients(model, [batch])) < EXACT
+    assert "off what it recorded" in path.graphs.why_not and path.graphs.batches == 0
+    assert capsys.readouterr().out.count("no CUDA graphs, because a recording is") == 1
+
+
+def test_recordings_give_their_memory_to_a_batch_that_needs_it(small: Any, record: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """A longer batch that comes without a recording, and a score."""
+    import torch
+
+    from forgekit.train import row_skip
+
+    run_decoder = row_skip.run_decoder
+    model = small.add_lora(small.text_model())
+    long, short = plain_batch(100, (9, 9)), small.draw_batch(30)
+    right = small.gradients(model, [long])
+    path = record(model)
+    for _ in range(SEEN):
+        small.gradients(model, [short])
+
+    def run_out(text: Any, x: Any, *rest: Any) -> Any:
+        if path.graphs.recordings and len(x) > 192:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run_decoder(text, x, *rest)
+
+    monkeypatch.setattr(row_skip, "run_decoder", run_out)
+    assert small.difference(right, small.gradients(model, [long])) < EXACT
+    assert path.graphs.why_not == "a batch without a recording needs their memory" and not path.graphs.recordings
+    monkeypatch.setattr(row_skip, "run_decoder", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+    with pytest.raises(torch.OutOfMemoryError):  # nobody holds anything any more
+        small.gradients(model, [long])
+
+
+def test_few_shapes_are_recorded_and_no_long_batch(small: Any, record: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forgekit.train.graphs.SHAPES", 1)
+    model = small.add_lora(small.text_model())
+    path = record(model)
+    path.graphs.longest = 200
+    for length in (40, 70, 110):
+        for _ in range(SEEN):
+            small.gradients(model, [plain_batch(length, (9, 9))])
+    assert len(path.graphs.recordings) == 1 and path.graphs.batches == 1
+    assert max(key[0][0] for key in path.graphs.seen) <= 200
+
+
+def test_lines_have_few_sizes_and_no_longer_ones_than_are_recorded() -> None:
+    draw = random.Random(0)
+    sizes, most = set(), 0.0
+    for _ in range(2000):
+        tokens = draw.randint(64, 8192)
+        learned = draw.randint(1, tokens)
+        kept, size = fill_up(tokens, learned, 64, 8)
+        assert kept >= learned and size - tokens >= kept - learned
+        sizes.add(size)
+        most = max(most, size / max(tokens, 512))
+    assert len(sizes) < 60 and most < 1.26
+    labels = plain_batch(1024, (266, 266))["labels"].repeat(4, 1)  # eight rows, 8256 tokens once filled up
+    rows = choose_rows(labels, None, {"any": None}, 64, 8192)
+    assert rows and rows.flat.numel() == 8256 and rows.filling == 8256 - rows.tokens
+
+
+def test_filling_does_not_make_masks_of_short_rows_longer() -> None:
+    import torch
+
+    labels = torch.full((100, 42), -100)
+    labels[:, 10:14] = labels[:, 30:37] = 5  # two turns
+    rows = choose_rows(labels, None, {"any": None}, 64, 8192)
+    assert rows and rows.filling > 64
+    bounded = bound(rows)
+    assert (bounded.lower.longest, bounded.upper.longest) == (64, 16)
+    assert bounded.filling >= rows.filling and bounded.filling.bit_count() == 1
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(("memory", "kernel"), [("high", "padded"), ("low", "flash")])
+@pytest.mark.parametrize(("memory", "kernel"), [("high", "padded"), ("low", "flash"), ("auto", "flash")])
 def test_recordings_on_a_gpu_give_what_compiled_layers_give(small: Any, memory: str, kernel: str) -> None:
     """In bfloat16 with autocast, gradients accumulated over shapes in turn, weights that change; the flash kernel adds in any order."""
     import torch
@@ -281,6 +494,8 @@ def test_recordings_on_a_gpu_give_what_compiled_layers_give(small: Any, memory: 
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         curves[recorded] = losses
-        assert path and (not recorded or (path.graphs and path.graphs.why_not is None and path.graphs.batches >= 6)), path.graphs  # fmt: skip
+        if recorded:
+            assert path and path.graphs and path.graphs.why_not is None and path.graphs.batches >= 6
+            print(f"{memory}, {kernel}: recordings differ by {path.graphs.difference:.1e} at most")
         disable_fast_path(model)
     assert curves[True] == pytest.approx(curves[False], rel=2e-3)
