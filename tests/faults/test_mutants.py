@@ -57,8 +57,8 @@ MUTANTS = {
     ),
     "rotation": Mutant(
         "older checkpoints go after the new one was read back", "train/saving.py",
-        "        write_whole(path, self.write, about)\n",
-        "        rotate(self.folder, (), kept=1)\n        write_whole(path, self.write, about)\n",
+        "        write_whole(path, functools.partial(self.write, whole=whole), about)\n",
+        "        rotate(self.folder, (), kept=1)\n        write_whole(path, functools.partial(self.write, whole=whole), about)\n",
         "train/test_checkpoint_resume.py::test_older_checkpoints_go_only_when_the_new_one_was_read_back", "rotated away",
     ),
     "drift": Mutant(
@@ -146,7 +146,7 @@ MUTANTS = {
     ),
     "room": Mutant(
         "a run keeps room on the disk for its last words", "runs/session.py",
-        "        keep_room(run.path)\n", "",
+        "        keep_room(run.path)\n", "        pass\n",
         "faults/test_full_disk.py::test_a_run_whose_disk_fills_up_still_says_how_it_ended[print('the end')-completed-0]", "No space left",
     ),
     "fires once": Mutant(
