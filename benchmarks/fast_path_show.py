@@ -14,8 +14,8 @@ REFERENCE = "unsloth"
 NAMES = {
     "trl": "transformers + TRL",
     "unsloth": "Unsloth",
-    "forgekit-low-compiled-graphs-park": "forgekit, little memory",
-    "forgekit-high-compiled-graphs": "forgekit, fastest",
+    "forgekit-low-compiled-graphs-park": "forgekit, train.memory: low",
+    "forgekit-high-compiled-graphs": "forgekit, train.memory: high",
 }
 COLOURS = {
     "trl": "#9aa0a6",
@@ -24,8 +24,8 @@ COLOURS = {
     "forgekit-high-compiled-graphs": "#1f5fa8",
 }
 HEAD = (
-    "| model, rows x tokens, prompt | call | side | step | tokens/s | beside Unsloth | peak | first step |\n"
-    "|---|---|---|---|---|---|---|---|"
+    "| model, rows x tokens, prompt | call | side | step | tokens/s | beside Unsloth | peak | first step | slow steps |\n"
+    "|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -48,7 +48,7 @@ def make_table(rows: list[dict[str, Any]]) -> str:
                 ratio = f"{reference / row['ms']:.2f}" if reference else ""
                 lines.append(
                     f"| {checkpoint}, {name_shape(shape)} | {call} | {row['side']} | {row['ms']:.0f} ms | {row['tokens_per_s']:,} | {ratio} "
-                    f"| {row['peak_gib']:.2f} GiB | {row['first_step_s']:.0f} s |"
+                    f"| {row['peak_gib']:.2f} GiB | {row['first_step_s']:.0f} s | {row['slow_steps_s']:.0f} s |"
                 )
     return "\n".join(lines)
 

@@ -78,6 +78,7 @@ MAY_BE_HEAVY = (
             "fast_path",
             "row_skip",
             "graphs",
+            "recording",
             "rows",
             "decoder",
             "attention",
