@@ -123,8 +123,8 @@ class Graphs:
             if not problem:
                 difference = workshop.compare(made, decode, x, per_layer, rows)
                 cast = torch.is_autocast_enabled(x.device.type)
-                bound = TOLERANCE[torch.get_autocast_dtype(x.device.type) if cast else x.dtype]
-                if not difference <= bound:
+                allowed = TOLERANCE[torch.get_autocast_dtype(x.device.type) if cast else x.dtype]
+                if not difference <= allowed:
                     problem = f"a recording is {difference:.2g} off what it recorded"
                 self.difference = max(difference, self.difference or 0.0)
         except RuntimeError as error:
