@@ -236,14 +236,19 @@ def main(arguments: list[str]) -> None:
         run_in_turn(groups, options, Path(folder))
 
 
+def make_command(group: Group, options: argparse.Namespace, turn: Path) -> list[str]:
+    """Return the command of the process that measures a side."""
+    checkpoint, side, shapes = group
+    command = [sys.executable, "-m", "benchmarks.fast_path", checkpoint, "--here", "--sides", side]
+    return [*command, "--out", str(options.out), "--turn", str(turn), "--rows", *shapes]
+
+
 def run_in_turn(groups: list[Group], options: argparse.Namespace, folder: Path) -> None:
     """Start a process for each side and its shapes; when all are warm, or have failed, let one after the other measure."""
     started = time.monotonic()
     processes = []
-    for number, (checkpoint, side, shapes) in enumerate(groups):
-        command = [sys.executable, "-m", "benchmarks.fast_path", checkpoint, "--here", "--sides", side]
-        command += ["--out", str(options.out), "--turn", str(folder / f"{number}"), "--rows", *shapes]
-        processes.append(subprocess.Popen(command, env=dict(os.environ)))
+    for number, group in enumerate(groups):
+        processes.append(subprocess.Popen(make_command(group, options, folder / f"{number}"), env=dict(os.environ)))
 
     def is_over() -> bool:
         return time.monotonic() - started > options.seconds

@@ -73,6 +73,48 @@ def test_the_table_of_the_fast_path_is_the_one_that_was_measured(project_folder:
     assert (tmp_path / "chart.png").stat().st_size > 10_000
 
 
+SIDE = """
+import sys, time
+from pathlib import Path
+turn, out, warm, measure = Path(sys.argv[1]), open(sys.argv[2], "a"), float(sys.argv[3]), float(sys.argv[4])
+time.sleep(warm)
+turn.with_suffix(".ready").touch()
+while not turn.with_suffix(".go").exists():
+    time.sleep(0.01)
+print(turn.name, "from", time.time(), file=out, flush=True)
+time.sleep(measure)
+print(turn.name, "to", time.time(), file=out, flush=True)
+"""
+
+
+def test_sides_measure_one_after_the_other_when_all_are_warm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Seconds to get warm and to measure stand in the places of checkpoint and side; one never gets warm, one never ends."""
+    import argparse
+
+    from benchmarks import fast_path
+
+    out = tmp_path / "out"
+
+    def command(group: fast_path.Group, options: argparse.Namespace, turn: Path) -> list[str]:
+        return [sys.executable, "-c", SIDE, str(turn), str(out), group[0], group[1]]
+
+    monkeypatch.setattr(fast_path, "make_command", command)
+    options = argparse.Namespace(seconds=90, warm_seconds=10, turn_seconds=3, out=out)
+    (tmp_path / "turns").mkdir()
+    groups: list[fast_path.Group] = [("0", "0.3", []), ("1", "0.3", []), ("99", "0", []), ("0", "99", []), ("0", "0.3", [])]  # fmt: skip
+    fast_path.run_in_turn(groups, options, tmp_path / "turns")
+    lines = [line.split() for line in out.read_text().splitlines()]
+    assert [(number, word) for number, word, _ in lines] == [
+        ("0", "from"), ("0", "to"), ("1", "from"), ("1", "to"), ("3", "from"), ("4", "from"), ("4", "to"),
+    ]  # fmt: skip
+    times = [float(time) for *_, time in lines]
+    assert times == sorted(times)
+    printed = capsys.readouterr().out
+    assert "but for 0, which ended here" in printed and "0 99 []: cut off" in printed
+
+
 @pytest.mark.slow
 def test_the_benchmark_of_exports_prints_each_kind_and_its_worst(project_folder: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.verify", "--steps", "1", "--seeds", "1"]
