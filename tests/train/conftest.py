@@ -3,6 +3,7 @@
 import gc
 import json
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -159,3 +160,24 @@ def make_run(make_config: Any, text_folder: Any, tmp_path: Any) -> Any:
     for run in runs:
         if run._lock:
             run.finish("stopped")
+
+
+@pytest.fixture
+def record(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Returns a function that turns the fast path of a model on, with recordings by the stand-in of tapes.py."""
+    import torch
+
+    from forgekit.train.fast_path import enable_fast_path
+    from forgekit.train.graphs import Graphs
+
+    from .tapes import tape
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+    def enable(model: Any, **settings: Any) -> Any:
+        path = enable_fast_path(model, compiled=True, uncompiled_batches=0, **{"memory": "high"} | settings)
+        assert path
+        path.graphs = Graphs(path.text, capture=tape)
+        return path
+
+    return enable
