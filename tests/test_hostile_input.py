@@ -164,7 +164,11 @@ def test_remote_code_is_trusted_nowhere(project_folder: Path) -> None:
         line for line in code if '"trust_remote_code": False' not in line and '"trust_remote_code" in str' not in line
     ] == []
     loads = find_calls(project_folder / "forgekit", {"load", "loads", "Unpickler"}, "pickle")
-    assert loads + find_calls(project_folder / "forgekit", {"load"}, "torch") == []
+    assert loads == []
+    # parts of a checkpoint that its own manifest lists (resume.py verifies it first); weights_only runs no code
+    read = find_calls(project_folder / "forgekit", {"load"}, "torch")
+    assert {file for file, _ in read} == {"exact.py", "sharded.py"}
+    assert [file for file, call in read if "weights_only=True" not in ast.unparse(call)] == []
 
 
 CODE = """
