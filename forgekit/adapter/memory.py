@@ -142,9 +142,8 @@ def estimate_memory(
     gradients = float(lora * own + full * unit)
     state = STATES.get(choose_optimizer(config, "cuda"), STATES["adamw_torch"])
     optimizer = state * (lora * own / 4 + full * unit / 4) if state > 2.5 else state * (lora + full)
-    if shares_weights(
-        config
-    ):  # the weights are counted whole: they are while they are loaded, and the largest while at work
+    # the weights are counted whole: they are while they are loaded, and the largest while at work
+    if shares_weights(config):
         gradients, optimizer = gradients / config.train.gpus, optimizer / config.train.gpus
     step = make_step(config, shapes, engine, own)
     fast = choose_fast_step(config, engine)

@@ -86,13 +86,10 @@ class Workshop:
             return latest[0].detach()
 
         sources = [fixed, per_layer_fixed, *self.aliases.values()]
-        learned = [source for source in sources if source is not None and source.requires_grad]
 
         def backward() -> list[torch.Tensor | None]:
-            with self.through_aliases(), torch.autocast(x.device.type, enabled=False):
-                found = torch.autograd.grad(latest[0], learned, gradient, allow_unused=True)
-            by_source = dict(zip(map(id, learned), found, strict=True))
-            return self.keep([by_source.get(id(source)) for source in sources])
+            with self.through_aliases():
+                return self.keep(find_gradients(latest[0], sources, gradient))
 
         with torch.no_grad():
             fixed.copy_(x)
@@ -162,11 +159,7 @@ class Workshop:
         hidden = decode(x, per_layer, rows)
         noise = torch.Generator(x.device).manual_seed(0)
         direction = torch.randn(hidden.shape, generator=noise, device=x.device, dtype=torch.float32).to(hidden.dtype)
-        learned = [leaf for leaf in (*leaves, *self.weights) if leaf is not None and leaf.requires_grad]
-        with torch.autocast(x.device.type, enabled=False):
-            found = torch.autograd.grad(hidden, learned, direction, allow_unused=True)
-        by_leaf = dict(zip(map(id, learned), found, strict=True))
-        launched = [by_leaf.get(id(leaf)) for leaf in (*leaves, *self.weights)]
+        launched = find_gradients(hidden, [*leaves, *self.weights], direction)
         with torch.no_grad():
             for spoilt in (recording.hidden, *recording.reached):
                 if spoilt is not None:
@@ -177,6 +170,17 @@ class Workshop:
             recording.gradient.copy_(direction)
             recording.backward()
             return max(measure_distance([hidden], [recording.hidden]), measure_distance(launched, recording.reached))
+
+
+def find_gradients(
+    result: torch.Tensor, sources: list[torch.Tensor | None], gradient: torch.Tensor
+) -> list[torch.Tensor | None]:
+    """Return the gradient of each source, None for one that learns nothing or is not reached; outside of autocast, as a trainer's."""
+    learned = [source for source in sources if source is not None and source.requires_grad]
+    with torch.autocast(result.device.type, enabled=False):
+        found = torch.autograd.grad(result, learned, gradient, allow_unused=True)
+    by_source = dict(zip(map(id, learned), found, strict=True))
+    return [by_source.get(id(source)) for source in sources]
 
 
 def measure_distance(right: list[torch.Tensor | None], got: list[torch.Tensor | None]) -> float:

@@ -176,9 +176,10 @@ def decode(
 def plan_batch(path: "FastPath", device: torch.device, tokens: int) -> dict[bool, Memory]:
     """Return the plans of a batch's memory; they are made before a recording, in which nobody may ask the driver what is free."""
     kept = path.memory if path.compiles == path.compiled else "low"  # what fits compiled may not fit before
-    taken = path.graphs.held if path.graphs else 0
+    if path.graphs is None:
+        return {False: plan_memory(kept, device, tokens, path.compiles)}
     return {
-        False: plan_memory(kept, device, tokens, path.compiles, taken),
+        False: plan_memory(kept, device, tokens, path.compiles, path.graphs.held),
         # half of what is free: batches without a recording need the other half
         True: plan_memory(kept, device, tokens, path.compiles, share=0.5),
     }
