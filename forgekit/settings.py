@@ -226,14 +226,14 @@ class Train(Section):
     )
     fast: Switch = setting(
         "auto",
-        "compute no row that teaches nothing (exact: same loss, same gradients); auto: wherever the model allows it, but for Unsloth on a GPU, where it is still to be measured",
+        "compute no row that teaches nothing (exact: same loss, same gradients); auto: wherever the model allows it",
     )
     compile: Switch = setting(
         "auto",
         "fuse the fast path's layers with torch.compile, about a minute; auto: on a GPU when the run is long enough",
     )
     cuda_graphs: Literal["auto", "off"] = setting(
-        "auto", "start compiled batches of a shape that has come before by two launches instead of thousands (one GPU)"
+        "auto", "start compiled batches of a shape that comes often by two launches instead of thousands"
     )
     memory: Memory = setting(
         "auto",
@@ -241,7 +241,7 @@ class Train(Section):
     )
     cache_towers: Switch = setting(
         "auto",
-        "keep what frozen towers make of pictures and sound for the next epochs; auto: on a CPU, when rows come again",
+        "keep what frozen towers make of pictures and sound for the next epochs; auto: when rows come again and looking them up pays",
     )
     guard: Literal["stop", "warn"] = setting(
         "stop", "what a failed check of the training stack does before the first step"

@@ -1,17 +1,16 @@
 """What a frozen tower makes of a picture or a clip is the same in each epoch: it is kept, and found again by content.
 
     tower(pixel_values or input_features)      replaced on the instance while a trainer trains
-      ├─ hash of each item's numbers ─ found ─ its features from the machine's memory
+      ├─ fingerprint of each item's numbers ─ found ─ its features from the machine's memory
       └─ the others together through the tower, as before; features kept as long as there is room
 
 A clip is given to the tower with its batch's padding, so it is found only where that is as long as before.
-The numbers that reach the tower come behind the processor, so the hash stands for file and processor both; weights cannot change,
+The numbers that reach the tower come behind the processor, so they stand for file and processor both; weights cannot change,
 because the tower is frozen and the store lives as long as one training. The projector behind the tower is not cached and may learn.
 """
 
 import contextlib
 import functools
-import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,14 +19,15 @@ from typing import Any
 import torch
 
 from ..config import Config
-from ..hardware import GIB, choose_device
+from ..hardware import GIB
 from ..run_folder import Run
 from .park import TOWERS
 from .speed import count_batches, find_media
 
 LIMIT = 4 * GIB  # of the machine's memory, for each tower; features of a picture take 1 MB in 16 bit
 TIMED = 3  # batches that are timed, waiting for the GPU; then it is known whether looking up is cheaper than computing
-Key = tuple[bytes, str, tuple[int, ...]]
+SUMS = 2  # sums of a fingerprint
+Key = tuple[tuple[int, ...], str, tuple[int, ...]]
 
 
 @dataclass
@@ -38,6 +38,7 @@ class TowerCache:
     limit: int = LIMIT
     store: dict[Key, dict[str, torch.Tensor]] = field(default_factory=dict)
     bytes: int = 0
+    factors: torch.Tensor | None = None  # of the fingerprints
     found: int = 0
     computed: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"hash": 0.0, "tower": 0.0})
@@ -53,7 +54,7 @@ class TowerCache:
         if self.off or not inputs:
             return library(self.tower, *args, **kwargs)
         started = self.start_clock()
-        keys = make_keys(list(inputs.values()))
+        keys = self.make_keys(list(inputs.values()))
         self.stop_clock("hash", started)
         missing = [place for place, key in enumerate(keys) if key not in self.store]
         fresh: dict[Key, dict[str, torch.Tensor]] = {}
@@ -71,11 +72,39 @@ class TowerCache:
             fresh = {keys[place]: {n: t[i] for n, t in fields.items()} for i, place in enumerate(missing)}
             self.keep(fresh)
         self.found, self.computed = self.found + len(keys) - len(missing), self.computed + len(missing)
-        self.judge()
         device = next(iter(inputs.values())).device
         items = [fresh.get(key) or self.store[key] for key in keys]
+        self.judge()
         together = {n: torch.stack([item[n].to(device, non_blocking=True) for item in items]) for n in items[0]}
         return self.kind(**together)
+
+    def make_keys(self, inputs: list[torch.Tensor]) -> list[Key]:
+        """Return a key for each item: a fingerprint of its numbers, their types, and their shapes.
+
+        Fingerprints are sums of the numbers' bits times random factors, modulo 2^64, computed where the numbers are: a few numbers
+        come to the CPU instead of all. Two items that differ have the same one at a chance of 2^-66 or less (that of a difference of
+        32 bits in whose product with one factor all 64 are zero, for both sums).
+        """
+        bits = [as_integers(value) for value in inputs]
+        factors = self.get_factors(max(value.shape[1] for value in bits), bits[0].device)
+        sums = [(row.long() * factor[: len(row)]).sum() for value in bits for row in value for factor in factors]
+        found = torch.stack(sums).view(len(bits), len(inputs[0]), SUMS).transpose(0, 1).flatten(1).tolist()
+        shapes = tuple(size for value in inputs for size in value.shape[1:])
+        types = " ".join(str(value.dtype) for value in inputs)
+        return [(tuple(numbers), types, shapes) for numbers in found]
+
+    def get_factors(self, numbers: int, device: torch.device) -> torch.Tensor:
+        """Return the factors of fingerprints, int64 of [SUMS, numbers or more]; those for longer items are drawn as they come."""
+        if self.factors is None:
+            self.factors = torch.empty(SUMS, 0, dtype=torch.int64, device=device)
+        lacking = numbers - self.factors.shape[1]
+        if lacking > 0:
+            generator = torch.Generator(device)
+            generator.seed()  # by the system, so that training's random numbers stay as they are
+            low, high = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
+            more = torch.randint(low, high, (SUMS, lacking), generator=generator, device=device)
+            self.factors = torch.cat([self.factors, more], 1)
+        return self.factors
 
     def keep(self, fresh: dict[Key, dict[str, torch.Tensor]]) -> None:
         """Keep features while there is room. Nothing is thrown out: in an epoch each item comes once, the oldest first again."""
@@ -115,15 +144,10 @@ class TowerCache:
         return f"{self.found} of {self.found + self.computed} features found again, {self.bytes / GIB:.2f} GiB kept"
 
 
-def make_keys(inputs: list[torch.Tensor]) -> list[Key]:
-    """Return a key for each item: a hash of its numbers, their types, and their shapes."""
-    shapes = tuple(size for value in inputs for size in value.shape[1:])
-    types = " ".join(str(value.dtype) for value in inputs)
-    rows = [value.detach().cpu().contiguous().view(torch.uint8).flatten(1).numpy() for value in inputs]
-    return [
-        (hashlib.blake2b(b"".join(row[place].tobytes() for row in rows), digest_size=16).digest(), types, shapes)
-        for place in range(len(inputs[0]))
-    ]
+def as_integers(values: torch.Tensor) -> torch.Tensor:
+    """Return the bits of each item's numbers, [items, numbers]; two integers for a number of 8 bytes."""
+    kind = {1: torch.uint8, 2: torch.int16}.get(values.element_size(), torch.int32)
+    return values.detach().contiguous().view(kind).flatten(1)
 
 
 def read_fields(result: Any, items: int) -> dict[str, torch.Tensor] | None:
@@ -172,14 +196,13 @@ def cache_towers(base: Any, used: set[str]) -> Iterator[dict[str, TowerCache]]:
 def cache_while_training(trainer: Any, config: Config, run: Run) -> None:
     """Let `trainer.train` cache frozen towers when `train.cache_towers` says so; what was found goes to run.json.
 
-    auto: on a CPU when rows come more than once. On a GPU a lookup makes the CPU wait for the step before, and whether that pays is
-    not measured yet.
+    auto: when rows come more than once; a cache whose lookups cost more than they save gives itself up in the first batches.
     """
     from .fast_path import unwrap
 
     train, switch = trainer.train, config.train.cache_towers
     again = count_batches(trainer) * trainer.args.per_device_train_batch_size > len(trainer.train_dataset)
-    if switch == "off" or (switch == "auto" and not (again and choose_device(config) == "cpu")):
+    if switch == "off" or (switch == "auto" and not again):
         return
 
     @functools.wraps(train)

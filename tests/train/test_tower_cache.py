@@ -6,7 +6,7 @@ import pytest
 
 from forgekit import add_adapter, load_data, load_model, sft_trainer, start_run
 from forgekit.files import read_json
-from forgekit.train.tower_cache import TIMED, TowerCache, cache_towers, make_keys
+from forgekit.train.tower_cache import TIMED, TowerCache, cache_towers
 
 PICTURES = {"data.path": "sample:digits", "data.validation": 4, "data.test": 4}
 SOUND = {"data.path": "sample:tones", "data.validation": 4, "data.test": 4}
@@ -43,8 +43,37 @@ def test_another_mask_precision_or_shape_is_another_item() -> None:
     import torch
 
     values, mask = torch.ones(1, 3), torch.zeros(1, 3, dtype=torch.bool)
-    variants = [[values], [values, mask], [values, ~mask], [values.double()], [torch.ones(1, 4)]]
-    assert len({make_keys(inputs)[0] for inputs in variants}) == len(variants)
+    variants = [[values], [values, mask], [values, ~mask], [values.double()], [torch.ones(1, 3, 1)]]
+    cache = TowerCache(CountedTower())
+    assert len({cache.make_keys(inputs)[0] for inputs in [[values.double()], *variants]}) == len(variants)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64", "bool"])
+def test_a_fingerprint_depends_on_each_number_and_its_place(dtype: str) -> None:
+    """Numbers changed in one bit, moved, or taken from one item to another; and the same item, at another place of another batch."""
+    import torch
+
+    draw = torch.Generator().manual_seed(0)
+    values = torch.randn(3, 4, 5, generator=draw)
+    values = values > 0 if dtype == "bool" else values.to(getattr(torch, dtype))
+    values[1] = values[0]
+    values[1, 3, 4] = ~values[0, 3, 4] if dtype == "bool" else torch.nextafter(values[0, 3, 4], values[0, 3, 4] + 1)
+    values[2] = values[0].roll(1, 0)
+    cache = TowerCache(CountedTower())
+    state = torch.random.get_rng_state()
+    keys = cache.make_keys([values])
+    assert len(set(keys)) == 3 and torch.equal(state, torch.random.get_rng_state())
+    assert cache.make_keys([values[[2, 0]]]) == [keys[2], keys[0]]
+
+
+def test_larger_items_come_later() -> None:
+    """Longer clips than before need more factors; what was kept is found all the same."""
+    import torch
+
+    cache = TowerCache(CountedTower(), timed=TIMED)
+    for numbers in (3, 5, 3):
+        assert torch.equal(cache(torch.ones(1, numbers)).last_hidden_state, torch.full((1, numbers), 2.0))
+    assert (cache.found, cache.computed, cache.bytes) == (1, 2, 32)
 
 
 def test_a_full_store_goes_on_computing() -> None:
@@ -64,9 +93,9 @@ def test_it_gives_up_where_looking_up_costs_more(monkeypatch: pytest.MonkeyPatch
     clock = iter(range(1000))
     monkeypatch.setattr("forgekit.train.tower_cache.time.perf_counter", lambda: float(next(clock)))
     cache = TowerCache(CountedTower())
-    for number in range(4):
+    for number in (0, 1, 1, 2):  # it gives up in the third batch, which has found its item
         assert torch.equal(cache(torch.full((1, 3), float(number))).last_hidden_state, torch.full((1, 3), 2.0 * number))
-    assert cache.off and "looking up takes 1.0 of the tower's time" in str(cache) and not cache.store
+    assert cache.off and "looking up takes 1.5 of the tower's time" in str(cache) and not cache.store
 
 
 @pytest.mark.parametrize(("settings", "name", "least"), [(PICTURES, "vision_tower", 8), (SOUND, "audio_tower", 1)])
