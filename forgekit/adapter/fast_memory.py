@@ -41,13 +41,13 @@ class FastStep:
         return "compiled" if self.compiled else "eager"
 
 
-def choose_fast_step(config: Config, engine: str) -> FastStep | None:
+def choose_fast_step(config: Config) -> FastStep | None:
     """Return how the fast path will run on a GPU, or None where it does not.
 
     Without a word on memory it keeps what fits, so what it needs is what "low" needs. What is compiled hangs on the length of the
     run; without a word on it the eager form is taken, which keeps more.
     """
-    if config.train.fast == "off" or (config.train.fast == "auto" and engine == "unsloth"):
+    if config.train.fast == "off":
         return None
     by_checkpointing = {"on": "low", "off": "high", "auto": "low"}[config.train.gradient_checkpointing]
     memory = by_checkpointing if config.train.memory == "auto" else config.train.memory

@@ -146,7 +146,7 @@ def estimate_memory(
     if shares_weights(config):
         gradients, optimizer = gradients / config.train.gpus, optimizer / config.train.gpus
     step = make_step(config, shapes, engine, own)
-    fast = choose_fast_step(config, engine)
+    fast = choose_fast_step(config)
     if fast:
         kept, working = count_fast(shapes, step, fast, learned)
         loading = sum(weights) - (count_table(shapes) * unit if config.model.offload_ple == "on" else 0)

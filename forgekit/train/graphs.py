@@ -18,10 +18,11 @@ from .recording import Capture, Decode, Recording, Workshop, bound, capture, des
 
 TOKENS = 8192  # a longer batch keeps the GPU busy (16,384 tokens of E2B on an H200: nothing to gain), and a recording holds memory
 SHAPES = 32  # recordings of one training, half a second and some MB each
-SEEN = 2  # a shape is recorded when it comes for this time: compiled layers have run it once, and it is likely to come again
-LEARNED_BYTES = (
-    2**30
-)  # gradients stand twice while a recording is used: for an adapter that is nothing, for whole weights much
+SEEN = 2  # a shape is recorded when it comes for this time at the earliest: compiled layers have run it once
+# Making a recording and comparing it took 0.6 to 1.2 s, and it saves 36 to 130 ms a batch (an H200, benchmarks/README.md): a shape
+# is recorded where so many more batches of it are to be expected.
+REPAID = 16
+LEARNED_BYTES = 2**30  # gradients stand twice while a recording is used: little for an adapter, much for whole weights
 # How far a recording may be from its kernels launched one by one. Half precision: attention's backward adds up in any order, and a
 # library may choose another kernel; reading something old or nothing at all is a difference of about one.
 TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.05, torch.float32: 1e-3, torch.float64: 1e-6}
@@ -32,14 +33,17 @@ OUTSIDE = ("embed_tokens", "embed_tokens_per_layer")  # modules of the language 
 class Graphs:
     """The recordings of one Gemma3nTextModel.
 
-    longest: tokens of the longest batch that is recorded. capture: makes a recording. why_not: set once recording has failed.
+    longest: tokens of the longest batch that is recorded. planned: batches of the whole training, None where nobody knows. capture:
+    makes a recording. came: batches so far. seen: batches of each shape. why_not: set once recording has failed.
     unfit: why the model as it is cannot be recorded. ticket: held by the batch whose backward is still to come. turn: number of the
     batch that the shared memory belongs to. difference: the largest that a recording was found to have.
     """
 
     text: Any
     longest: int = TOKENS
+    planned: int | None = None
     capture: Capture = capture
+    came: int = 0
     recordings: dict[Any, Recording] = field(default_factory=dict)
     seen: Counter[Any] = field(default_factory=Counter)
     batches: int = 0
@@ -64,6 +68,7 @@ class Graphs:
             x: [N, H], the rows' embeddings; per_layer: [N, layers, P] or None.
             decode: computes with compiled layers, and the same for every batch of one shape.
         """
+        self.came += 1
         if self.watch is None:
             self.look_at_model()
         if self.why_not or self.unfit or x.shape[0] > self.longest or not torch.is_grad_enabled():
@@ -73,7 +78,7 @@ class Graphs:
         self.seen[key] += 1
         if self.ticket is not None and self.ticket() is not None:  # the shared memory is another batch's
             return decode(x, per_layer, rows)
-        if key not in self.recordings and self.seen[key] >= SEEN and len(self.recordings) < SHAPES:
+        if key not in self.recordings and self.pays(key) and len(self.recordings) < SHAPES:
             self.record(key, decode, x, per_layer, rows)
         recording = self.recordings.get(key)
         if recording is None or self.workshop is None:
@@ -81,6 +86,12 @@ class Graphs:
         self.batches += 1
         recording.load_numbers(rows)
         return Run.apply(self, recording, x, per_layer, *self.workshop.weights)
+
+    def pays(self, key: Any) -> bool:
+        """Say whether a shape comes often enough; one that has had a share of the batches so far will have it of the rest."""
+        if self.seen[key] < SEEN:
+            return False
+        return self.planned is None or self.seen[key] / self.came * (self.planned - self.came) >= REPAID
 
     def give_up(self, why: str) -> None:
         """Record nothing any more, and say why, once."""

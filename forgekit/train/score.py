@@ -6,7 +6,6 @@ here        the same functions, their losses computed on labelled rows alone: sa
 
 import contextlib
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -44,7 +43,7 @@ def open_losses(model: Any, config: Config) -> Iterator[RowLosses]:
     path = get_fast_path(model)
     if path is not None:
         yield functools.partial(sum_losses_fast, path)
-    elif not wants_fast_losses(model, config) or find_obstacle(unwrap(model)):
+    elif config.train.fast == "off" or find_obstacle(unwrap(model)):
         yield sum_losses
     else:
         path = enable_fast_path(model, memory="high")
@@ -52,13 +51,6 @@ def open_losses(model: Any, config: Config) -> Iterator[RowLosses]:
             yield functools.partial(sum_losses_fast, path) if path else sum_losses
         finally:
             disable_fast_path(model)
-
-
-def wants_fast_losses(model: Any, config: Config) -> bool:
-    """Resolve `train.fast: auto` as `wants_fast_path` does: on, but for Unsloth on a GPU."""
-    if config.train.fast == "auto":
-        return "unsloth" not in sys.modules or model.device.type == "cpu"
-    return config.train.fast == "on"
 
 
 def sum_losses_fast(path: "FastPath", model: Any, batch: dict[str, Any]) -> Any:

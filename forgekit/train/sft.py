@@ -22,7 +22,7 @@ from .identity import identify
 from .learning_rates import scale_learning_rates
 from .order import Order
 from .resume import resume_training
-from .speed import train_fast, wants_fast_path, weigh_tokens_alike
+from .speed import train_fast, weigh_tokens_alike
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -108,7 +108,7 @@ def make_trainer(
         weigh_tokens_alike(trainer)
     scale_learning_rates(trainer, config.train.learning_rate_pattern)
     remove_default_output(trainer)
-    if wants_fast_path(config, engine):
+    if config.train.fast != "off":
         train_fast(trainer, config, run)
     cache_while_training(trainer, config, run)
     return trainer

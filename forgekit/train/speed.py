@@ -17,13 +17,6 @@ BATCHES_TO_COMPILE = 300
 LOOKED_AT = 64  # rows that say which towers are used; reading all of them would decode every file
 
 
-def wants_fast_path(config: Config, engine: str) -> bool:
-    """Resolve `train.fast: auto`: on, but for Unsloth on a GPU, which has compiled layers of its own."""
-    if config.train.fast == "auto":
-        return engine != "unsloth" or choose_device(config) == "cpu"
-    return config.train.fast == "on"
-
-
 def train_fast(trainer: Any, config: Config, run: Run) -> None:
     """Let `trainer.train` turn the fast path on before it starts and off when it ends.
 
@@ -42,7 +35,8 @@ def train_fast(trainer: Any, config: Config, run: Run) -> None:
             memory=choose_memory(config),
             compiled=compiled,
             uncompiled_batches=first,
-            recorded=config.train.cuda_graphs != "off" and trainer.args.world_size == 1,  # seen on one GPU only
+            recorded=config.train.cuda_graphs != "off",
+            batches=count_batches(trainer),
         )
         if path is None:
             if config.train.fast == "on":

@@ -149,7 +149,7 @@ def test_what_pytorch_held_is_nearly_met(released: dict[str, Shapes]) -> None:
 def test_measured_peaks_of_unsloth_are_met(
     released: dict[str, Shapes], rows: int, length: int, measured: float
 ) -> None:
-    found = estimate(released["E2B"], "unsloth", rows=rows, length=length, adapter__r=8).peak / GIB
+    found = estimate(released["E2B"], "unsloth", rows=rows, length=length, adapter__r=8, train__fast="off").peak / GIB
     assert found == pytest.approx(measured, rel=0.03)
 
 

@@ -216,6 +216,23 @@ def test_few_shapes_are_recorded_and_no_long_batch(small: Any, record: Any, monk
     assert max(key[0][0] for key in path.graphs.seen) <= 200
 
 
+def test_a_shape_is_recorded_where_it_comes_often_enough_to_pay(
+    small: Any, record: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of twelve batches, of which three more must be expected: one shape comes each second time, the others once or at the end."""
+    monkeypatch.setattr("forgekit.train.graphs.REPAID", 3)
+    model = small.add_lora(small.text_model())
+    path = record(model, batches=12)
+    often, late = plain_batch(40, (9, 9)), plain_batch(300, (9, 9))
+    others = [plain_batch(length, (9, 9)) for length in (100, 150, 200)]
+    order = [often, others[0], often, others[1], often, others[2], often, late, often, late, often, late]
+    recorded = []
+    for batch in order:
+        small.gradients(model, [batch])
+        recorded.append(path.graphs.batches)
+    assert recorded == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5] and len(path.graphs.recordings) == 1
+
+
 def test_lines_have_few_sizes_and_no_longer_ones_than_are_recorded() -> None:
     draw = random.Random(0)
     sizes, most = set(), 0.0
