@@ -15,12 +15,16 @@ import torch.nn.functional as F
 from .flash import flash
 from .rows import Line, Rows, choose_rows
 
+PIECES = (
+    16  # rows that the filling is cut into, for flash attention: so none of them is longer than the batch's longest
+)
+
 
 class Plan(NamedTuple):
     """What the kernel of one stage and one attention kind needs; tensors only, so that a compiler meets no new numbers.
 
     padded: slots [Q] and key_slots [N], places in [rows * longest row]; mask, bool [rows, 1, longest queries, longest keys].
-    flash: slots and key_slots, int32 [rows + 2], where rows start; limits, on the CPU: the longest row in queries and in keys,
+    flash: slots and key_slots, int32 [rows + PIECES + 1], where rows start; limits, on the CPU: the longest row in queries and in keys,
     and how many keys before its own a query sees (-1: all).
     """
 
@@ -37,18 +41,24 @@ def plan_attention(rows: Rows, stage: str, kind: str, window: int | None, kernel
     if kernel == "flash" and rows.whole and (stage == "lower" or rows.suffix):
         empty = torch.empty(0, device=rows.flat.device)
         limits = [longest_row(line, rows), longest_row(rows.lower, rows), -1 if window is None else window - 1]
-        return Plan("flash", row_starts(line), row_starts(rows.lower), empty, torch.tensor(limits))
+        return Plan("flash", row_starts(line, rows), row_starts(rows.lower, rows), empty, torch.tensor(limits))
     return plan_padded(rows, line, kind)
 
 
 def longest_row(line: Line, rows: Rows) -> int:
     """Return the length of the longest row, the filling's included; at least 2, as one query has a kernel of its own."""
-    return max(line.longest, rows.filling, 2)
+    return max(line.longest, -(-rows.filling // PIECES), 2)
 
 
-def row_starts(line: Line) -> torch.Tensor:
-    """Return int32 [rows + 2]: where each row starts in the line, and where the last ends; filling is a row of its own."""
-    return F.pad(line.counts.cumsum(0), (1, 0)).int()
+def row_starts(line: Line, rows: Rows) -> torch.Tensor:
+    """Return int32 [rows + PIECES + 1]: where each row starts in the line, and where the last ends; filling makes rows of its own.
+
+    Its pieces are as long as the keys' filling asks for, so that no piece has more queries than keys.
+    """
+    starts = F.pad(line.counts.cumsum(0), (1, 0))
+    piece = (rows.lower.counts[-1] + PIECES - 1) // PIECES
+    ends = starts[-2] + piece * torch.arange(1, PIECES + 1, device=starts.device)
+    return torch.cat([starts[:-1], ends.minimum(starts[-1])]).int()
 
 
 def plan_padded(rows: Rows, line: Line, kind: str) -> Plan:

@@ -172,7 +172,7 @@ def enable_fast_path(
         kernel=kernel,
         compiled=compiled,
         uncompiled_batches=uncompiled_batches,
-        graphs=Graphs(text, planned=batches) if recorded and compiled and weight.device.type == "cuda" else None,
+        graphs=Graphs(text, planned=batches, kernel=kernel) if recorded and compiled and weight.device.type == "cuda" else None,
         windows={kind: config.sliding_window if kind == "sliding_attention" else None for kind in sorted(set(config.layer_types))},
     )  # fmt: skip
     if compiled:  # the kinds of layers and of attention stand behind the same few functions

@@ -33,8 +33,8 @@ OUTSIDE = ("embed_tokens", "embed_tokens_per_layer")  # modules of the language 
 class Graphs:
     """The recordings of one Gemma3nTextModel.
 
-    longest: tokens of the longest batch that is recorded. planned: batches of the whole training, None where nobody knows. capture:
-    makes a recording. came: batches so far. seen: batches of each shape. why_not: set once recording has failed.
+    longest: tokens of the longest batch that is recorded. planned: batches of the whole training, None where nobody knows. kernel: of
+    attention. capture: makes a recording. came: batches so far. seen: batches of each shape. why_not: set once recording has failed.
     unfit: why the model as it is cannot be recorded. ticket: held by the batch whose backward is still to come. turn: number of the
     batch that the shared memory belongs to. difference: the largest that a recording was found to have.
     """
@@ -42,6 +42,7 @@ class Graphs:
     text: Any
     longest: int = TOKENS
     planned: int | None = None
+    kernel: str = "padded"
     capture: Capture = capture
     came: int = 0
     recordings: dict[Any, Recording] = field(default_factory=dict)
@@ -73,7 +74,7 @@ class Graphs:
             self.look_at_model()
         if self.why_not or self.unfit or x.shape[0] > self.longest or not torch.is_grad_enabled():
             return decode(x, per_layer, rows)
-        rows = bound(rows)
+        rows = bound(rows, self.kernel)
         key = describe_shape(x, per_layer, rows)
         self.seen[key] += 1
         if self.ticket is not None and self.ticket() is not None:  # the shared memory is another batch's

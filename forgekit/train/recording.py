@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .attention import longest_row
 from .rows import Line, Rows
 
 Decode = Callable[[torch.Tensor, torch.Tensor | None, Rows], torch.Tensor]
@@ -217,13 +218,29 @@ def empty_cache(device: torch.device) -> int:
     return torch.cuda.memory_reserved(device)
 
 
-def bound(rows: Rows) -> Rows:
-    """Return the same rows with the lengths of their longest, and of the filling, rounded up to powers of two.
+def bound(rows: Rows, kernel: str) -> Rows:
+    """Return the same rows with larger numbers for their longest, so that batches of like lengths share a recording.
 
-    So batches of like lengths share a recording; attention takes any bound that is not too small.
+    Attention takes any that is not too small. Flash attention starts blocks for rows of that length, and those that find nothing end
+    at once; a mask is as large as it says, so there it is the next power of two. The filling's pieces are counted in, for the keys.
     """
-    lower, upper = (dataclasses.replace(line, longest=raise_to_power(line.longest)) for line in (rows.lower, rows.upper))  # fmt: skip
-    return dataclasses.replace(rows, lower=lower, upper=upper, filling=raise_to_power(rows.filling))
+    keys = longest_row(rows.lower, rows)
+    if kernel == "flash" and rows.whole and rows.suffix:
+        longest = [
+            bound_row(keys, rows.lower, rows.batch),
+            bound_row(longest_row(rows.upper, rows), rows.upper, rows.batch),
+        ]
+    else:
+        longest = [raise_to_power(keys), raise_to_power(rows.upper.longest)]
+    lower, upper = (dataclasses.replace(line, longest=number) for line, number in zip((rows.lower, rows.upper), longest, strict=True))  # fmt: skip
+    return dataclasses.replace(rows, lower=lower, upper=upper, filling=0)
+
+
+def bound_row(longest: int, line: Line, batch: int) -> int:
+    """Return four times what a row has on average, or the whole line where the longest is longer than that."""
+    number = line.index.numel()
+    usual = min(4 * raise_to_power(-(-number // batch)), number)
+    return max(usual if longest <= usual else number, 2)
 
 
 def raise_to_power(number: int) -> int:
@@ -235,7 +252,7 @@ def describe_shape(x: torch.Tensor, per_layer: torch.Tensor | None, rows: Rows) 
     """Return all that a recording is made for, beside the model."""
     device = x.device.type
     cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    sizes = (x.shape, rows.upper.index.numel(), rows.batch, rows.lower.longest, rows.upper.longest, rows.filling)
+    sizes = (x.shape, rows.upper.index.numel(), rows.batch, rows.lower.longest, rows.upper.longest)
     inputs = (x.dtype, x.requires_grad, None if per_layer is None else (per_layer.dtype, per_layer.requires_grad))
     return (*sizes, rows.whole, rows.suffix, cast, *inputs)
 

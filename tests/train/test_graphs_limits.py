@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from forgekit.train.attention import PIECES, row_starts
 from forgekit.train.fast_path import disable_fast_path
 from forgekit.train.graphs import SEEN
-from forgekit.train.recording import bound
+from forgekit.train.recording import bound, describe_shape
 from forgekit.train.rows import choose_rows, fill_up
 
 from .tapes import plain_batch, tape
@@ -256,6 +257,32 @@ def test_filling_does_not_make_masks_of_short_rows_longer() -> None:
     labels[:, 10:14] = labels[:, 30:37] = 5  # two turns
     rows = choose_rows(labels, None, {"any": None}, 64, 8192)
     assert rows and rows.filling > 64
-    bounded = bound(rows)
+    bounded = bound(rows, "padded")
     assert (bounded.lower.longest, bounded.upper.longest) == (64, 16)
-    assert bounded.filling >= rows.filling and bounded.filling.bit_count() == 1
+
+
+def test_batches_of_nearly_one_length_have_few_shapes() -> None:
+    """Four rows of about 1,000 tokens, a quarter learned, as in the first use of the fast path under a trainer: 7 recordings in 28 batches."""
+    import torch
+
+    draw, shapes = random.Random(0), set()
+    for _ in range(200):
+        lengths = [draw.randint(980, 1050) for _ in range(4)]
+        labels = torch.full((4, 1088), -100)
+        mask = torch.zeros_like(labels)
+        for row, length in enumerate(lengths):
+            mask[row, :length] = 1
+            labels[row, length - draw.randint(240, 260) : length] = 5
+        rows = choose_rows(labels, mask, {"any": None}, 64, 8192)
+        assert rows
+        bounded = bound(rows, "flash")
+        x = torch.empty(rows.flat.numel(), 1)
+        shapes.add(describe_shape(x, None, bounded))
+        for stage in ("lower", "upper"):
+            line, limit = getattr(rows, stage), getattr(bounded, stage).longest
+            starts = row_starts(line, rows).tolist()
+            lengths = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+            assert limit >= max(lengths) and sum(lengths) == line.index.numel() and min(lengths) >= 0
+        queries, keys = (row_starts(line, rows).diff()[-PIECES:] for line in (rows.upper, rows.lower))
+        assert (queries <= keys).all() and keys.sum() == rows.filling
+    assert len(shapes) <= 6, shapes
