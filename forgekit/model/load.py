@@ -22,7 +22,6 @@ from .trust import NO_CODE, SAFE_ONLY, check_weights
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TABLE_NAME = "model.language_model.embed_tokens_per_layer"
 BUILT_IN = {"tiny": Path(__file__).parent / "tiny"}  # ids that stand for a packaged folder
 # Modules that stay in 16 bit under 4-bit and 8-bit loading: AltUp clamps its weights in place, which packed ones cannot take;
 # the towers are small beside the language model and lose most. Patterns, because transformers compares each with the start
@@ -234,6 +233,7 @@ def load_unsloth(config: Config, name: str, dtype: Any) -> "PreTrainedModel":
 
 def load_transformers(config: Config, name: str, dtype: Any) -> "PreTrainedModel":
     """Load the checkpoint's own class through transformers; 4-bit is NF4, double quantised, through bitsandbytes."""
+    import torch
     import transformers
 
     settings = transformers.AutoConfig.from_pretrained(name, revision=config.model.revision, **NO_CODE)
@@ -259,10 +259,10 @@ def load_transformers(config: Config, name: str, dtype: Any) -> "PreTrainedModel
         "8bit": {"load_in_8bit": True},
     }.get(config.model.load_in)
     device = choose_device(config)
-    places: dict[str, Any] | None = {"": 0} if device == "cuda" else None
-    lent = bool(places) and keeps_table_back(config, settings)
-    if places and lent:
-        places[TABLE_NAME] = "cpu"
+    from .table import place_beside_table, settle_table
+
+    lent = device == "cuda" and keeps_table_back(config, settings)
+    places = place_beside_table(kind, settings, 0) if lent else {"": 0} if device == "cuda" else None
     if quantisation:  # the last word lets a module that is not packed stay on the CPU
         quantisation = transformers.BitsAndBytesConfig(
             **quantisation, llm_int8_skip_modules=KEEP_16BIT, llm_int8_enable_fp32_cpu_offload=lent
@@ -279,9 +279,7 @@ def load_transformers(config: Config, name: str, dtype: Any) -> "PreTrainedModel
     )
     check_complete(config, report)
     if lent:
-        from .table import settle_table
-
-        settle_table(model)
+        settle_table(model, torch.device("cuda", 0))
     return model
 
 

@@ -1,6 +1,7 @@
 """The per-layer embedding table in the machine's memory, read by the GPU: 4.0 GB of E2B and 4.7 GB of E4B that it need not hold."""
 
 import contextlib
+import copy
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -15,14 +16,35 @@ def find_table(model: Any) -> str | None:
     return next((name for name, _ in model.named_modules() if name.rpartition(".")[2] == TABLE), None)
 
 
-def settle_table(model: Any) -> None:
-    """Leave the table of a model that accelerate spread over CPU and GPU where it is, for good, and drop accelerate's hooks.
+def place_beside_table(kind: Any, settings: Any, device: Any) -> dict[str, Any]:
+    """Return the device map that puts all of a model on `device` but its table, which stays on the CPU.
+
+    Each part has a line of its own: of a map that names the whole model, accelerate sends all of it to the device first, the table
+    included, and settles there what it takes for the CPU's (`dispatch_model`, accelerate 1.15).
+
+    Args:
+        kind: a class of transformers' models. settings: its config.
+    """
+    with torch.device("meta"):
+        owner = kind(copy.deepcopy(settings))
+    places: dict[str, Any] = {}
+    name, before = str(find_table(owner)), ""
+    for part in name.split("."):
+        beside = [
+            child for child, _ in (*owner.named_children(), *owner.named_parameters(recurse=False)) if child != part
+        ]
+        places |= {before + child: device for child in beside}
+        before, owner = f"{before}{part}.", owner.get_submodule(part)
+    return places | {name: "cpu"}
+
+
+def settle_table(model: Any, device: torch.device) -> None:
+    """Leave the table of a model that accelerate spread over CPU and `device` where it is, for good, and drop accelerate's hooks.
 
     They would send the whole table to the GPU for each lookup.
     """
     from accelerate.hooks import remove_hook_from_submodules
 
-    device = next(p.device for p in model.parameters() if p.device.type == "cuda")
     remove_hook_from_submodules(model)
     model.hf_device_map = {"": device}
     table = model.get_submodule(str(find_table(model)))

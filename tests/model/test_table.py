@@ -19,6 +19,51 @@ def test_a_lent_table_answers_bit_for_bit_and_goes_back() -> None:
     assert "forward" not in vars(table)
 
 
+def test_nothing_sends_the_table_to_the_gpu(tiny_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate's own calls are noted where a GPU would take the weights; a map that names the whole model takes the table along."""
+    import accelerate
+    import torch
+    from accelerate import hooks
+    from transformers import AutoConfig, Gemma3nForConditionalGeneration
+
+    from forgekit.model.table import find_table, place_beside_table, settle_table
+
+    move, sent = hooks.set_module_tensor_to_device, []
+
+    def note(module: Any, name: str, device: Any, **settings: Any) -> None:
+        if device == 0:
+            owner, _, leaf = name.rpartition(".")
+            sent.append((module.get_submodule(owner), leaf))
+        else:
+            move(module, name, device, **settings)
+
+    monkeypatch.setattr(hooks, "set_module_tensor_to_device", note)
+    settings, plain = (
+        AutoConfig.from_pretrained(tiny_folder),
+        Gemma3nForConditionalGeneration.from_pretrained(tiny_folder),
+    )
+    name = str(find_table(plain))
+    ids = torch.arange(300, 340)[None]
+    with torch.no_grad():
+        expected = plain(input_ids=ids).logits
+    for places in (place_beside_table(type(plain), settings, 0), {"": 0, name: "cpu"}):
+        sent.clear()
+        model = Gemma3nForConditionalGeneration.from_pretrained(tiny_folder)
+        table = model.get_submodule(name)
+        accelerate.dispatch_model(model, places)
+        weights = {
+            (module, leaf)
+            for module in model.modules()
+            for leaf, weight in module._parameters.items()
+            if weight is not None
+        }
+        assert weights - {*sent} == (set() if "" in places else {(table, "weight")})
+        settle_table(model, torch.device("cpu"))
+        assert not any(hasattr(module, "_hf_hook") for module in model.modules()) and "forward" in vars(table)
+        with torch.no_grad():
+            assert torch.equal(model(input_ids=ids).logits, expected)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("load_in", ["16bit", "4bit"])
 def test_a_model_loaded_without_its_table_on_the_gpu_answers_as_before(
