@@ -115,7 +115,7 @@ class Graphs:
             return
         self.forget()
         self.watch = Watch(self.text)
-        self.workshop = Workshop(self.text, self.longest, self.capture)
+        self.workshop = Workshop(self.text, self.capture)
         learned = sum(p.numel() * p.element_size() for p in self.workshop.weights)
         unfit = self.watch.find_obstacle()
         unfit = unfit or ("more learns than an adapter" if learned > LEARNED_BYTES else None)

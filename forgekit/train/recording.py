@@ -60,9 +60,9 @@ class Workshop:
     on which each weight was first used, and a recording may not wait for anything outside of it.
     """
 
-    def __init__(self, text: Any, longest: int, capture: Capture):
-        """Take the model, the tokens of its longest batch that will be recorded, and what records."""
-        self.text, self.longest, self.capture = text, longest, capture
+    def __init__(self, text: Any, capture: Capture):
+        """Take the model and what records."""
+        self.text, self.capture = text, capture
         self.weights: list[torch.nn.Parameter] = [p for p in text.parameters() if p.requires_grad]
         self.aliases = {p: torch.nn.Parameter(p.detach()) for p in self.weights}
         self.buffers: dict[str, torch.Tensor] = {}
@@ -113,10 +113,13 @@ class Workshop:
         return Recording(numbers, fixed, per_layer_fixed, hidden, gradient, reached, replay_forward, replay_backward)
 
     def lend(self, name: str, like: torch.Tensor, learns: bool = False) -> torch.Tensor:
-        """Return the first rows of the buffer of a name; all recordings share it, so it is as long as the longest may be."""
+        """Return the first rows of the buffer of a name, which recordings share.
+
+        It is as long as the next power of two; for a longer batch there is a new one, and older recordings keep theirs.
+        """
         found = self.buffers.get(name)
-        if found is None or found.shape[1:] != like.shape[1:] or found.dtype != like.dtype:
-            found = self.buffers[name] = like.detach().new_zeros((self.longest, *like.shape[1:]))
+        if found is None or len(found) < len(like) or found.shape[1:] != like.shape[1:] or found.dtype != like.dtype:
+            found = self.buffers[name] = like.detach().new_zeros((raise_to_power(len(like)), *like.shape[1:]))
         return found[: like.shape[0]].detach().requires_grad_(learns)
 
     def keep(self, found: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
