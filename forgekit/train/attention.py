@@ -7,6 +7,7 @@ torch's scaled_dot_product_attention with a mask. `flash` takes the line as it i
 upper layers, kept tokens that are the last of their row.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -59,6 +60,36 @@ def row_starts(line: Line, rows: Rows) -> torch.Tensor:
     piece = (rows.lower.counts[-1] + PIECES - 1) // PIECES
     ends = starts[-2] + piece * torch.arange(1, PIECES + 1, device=starts.device)
     return torch.cat([starts[:-1], ends.minimum(starts[-1])]).int()
+
+
+def bound(rows: Rows, kernel: str) -> Rows:
+    """Return the same rows with larger numbers for their longest, so that batches of like lengths share a recording.
+
+    Attention takes any that is not too small. Flash attention starts blocks for rows of that length, and those that find nothing end
+    at once; a mask is as large as it says, so there it is the next power of two. The filling's pieces are counted in, for the keys.
+    """
+    keys = longest_row(rows.lower, rows)
+    if kernel == "flash" and rows.whole and rows.suffix:
+        longest = [
+            bound_row(keys, rows.lower, rows.batch),
+            bound_row(longest_row(rows.upper, rows), rows.upper, rows.batch),
+        ]
+    else:
+        longest = [raise_to_power(keys), raise_to_power(rows.upper.longest)]
+    lower, upper = (dataclasses.replace(line, longest=number) for line, number in zip((rows.lower, rows.upper), longest, strict=True))  # fmt: skip
+    return dataclasses.replace(rows, lower=lower, upper=upper, filling=0)
+
+
+def bound_row(longest: int, line: Line, batch: int) -> int:
+    """Return four times what a row has on average, or the whole line where the longest is longer than that."""
+    number = line.index.numel()
+    usual = min(4 * raise_to_power(-(-number // batch)), number)
+    return max(usual if longest <= usual else number, 2)
+
+
+def raise_to_power(number: int) -> int:
+    """Return the next power of two, 2 at least."""
+    return 1 << (max(number, 2) - 1).bit_length()
 
 
 def plan_padded(rows: Rows, line: Line, kind: str) -> Plan:
@@ -134,7 +165,10 @@ def flash_is_right(device: torch.device, dtype: torch.dtype, heads: int, kv_head
             shapes = [(line.index.numel(), heads, width), *2 * [(rows.flat.numel(), kv_heads, width)]]
             q, k, v = (torch.randn(shape, generator=generator, device=device) / width**0.25 for shape in shapes)
             used = line.row < rows.batch  # what the filling answers is not read
-            plans = {kernel: plan_attention(rows, stage, "any", window, kernel) for kernel in ("padded", "flash")}
+            plans = {
+                kernel: plan_attention(bound(rows, kernel), stage, "any", window, kernel)
+                for kernel in ("padded", "flash")
+            }
             try:
                 truth = run_kernel(q, k, v, plans["padded"], used)
                 padded, fast = (

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .recording import Capture, Decode, Recording, Workshop, bound, capture, describe_shape
+from .attention import bound
+from .recording import Capture, Decode, Recording, Workshop, capture, describe_shape
 
 TOKENS = 8192  # a longer batch keeps the GPU busy (16,384 tokens of E2B on an H200: nothing to gain), and a recording holds memory
 SHAPES = 32  # recordings of one training, half a second and some MB each

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .attention import longest_row
+from .attention import raise_to_power
 from .rows import Line, Rows
 
 Decode = Callable[[torch.Tensor, torch.Tensor | None, Rows], torch.Tensor]
@@ -219,36 +219,6 @@ def empty_cache(device: torch.device) -> int:
         return 0
     torch.cuda.empty_cache()
     return torch.cuda.memory_reserved(device)
-
-
-def bound(rows: Rows, kernel: str) -> Rows:
-    """Return the same rows with larger numbers for their longest, so that batches of like lengths share a recording.
-
-    Attention takes any that is not too small. Flash attention starts blocks for rows of that length, and those that find nothing end
-    at once; a mask is as large as it says, so there it is the next power of two. The filling's pieces are counted in, for the keys.
-    """
-    keys = longest_row(rows.lower, rows)
-    if kernel == "flash" and rows.whole and rows.suffix:
-        longest = [
-            bound_row(keys, rows.lower, rows.batch),
-            bound_row(longest_row(rows.upper, rows), rows.upper, rows.batch),
-        ]
-    else:
-        longest = [raise_to_power(keys), raise_to_power(rows.upper.longest)]
-    lower, upper = (dataclasses.replace(line, longest=number) for line, number in zip((rows.lower, rows.upper), longest, strict=True))  # fmt: skip
-    return dataclasses.replace(rows, lower=lower, upper=upper, filling=0)
-
-
-def bound_row(longest: int, line: Line, batch: int) -> int:
-    """Return four times what a row has on average, or the whole line where the longest is longer than that."""
-    number = line.index.numel()
-    usual = min(4 * raise_to_power(-(-number // batch)), number)
-    return max(usual if longest <= usual else number, 2)
-
-
-def raise_to_power(number: int) -> int:
-    """Return the next power of two, 2 at least."""
-    return 1 << (max(number, 2) - 1).bit_length()
 
 
 def describe_shape(x: torch.Tensor, per_layer: torch.Tensor | None, rows: Rows) -> tuple[Any, ...]:

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from forgekit.train.attention import PIECES, row_starts
+from forgekit.train.attention import PIECES, bound, row_starts
 from forgekit.train.fast_path import disable_fast_path
 from forgekit.train.graphs import SEEN
-from forgekit.train.recording import bound, describe_shape
+from forgekit.train.recording import describe_shape
 from forgekit.train.rows import choose_rows, fill_up
 
 from .tapes import plain_batch, tape
