@@ -226,7 +226,7 @@ class Train(Section):
     )
     fast: Switch = setting(
         "auto",
-        "compute no row that teaches nothing (exact: same loss, same gradients); auto: wherever the model allows it",
+        "compute no row that teaches nothing (exact: same loss, same gradients); auto: wherever the model allows it (no float16)",
     )
     compile: Switch = setting(
         "auto",

@@ -10,6 +10,7 @@ has the peaks, and `tests/adapter/test_fast_memory.py` compares each with what i
 from dataclasses import dataclass
 
 from ..config import Config
+from ..hardware import choose_device, detect_hardware
 from ..model.shapes import Shapes
 from .activations import Sizes, Step, count_streams, read_sizes
 
@@ -41,18 +42,25 @@ class FastStep:
         return "compiled" if self.compiled else "eager"
 
 
-def choose_fast_step(config: Config) -> FastStep | None:
-    """Return how the fast path will run on a GPU, or None where it does not.
+def choose_fast_step(config: Config, engine: str) -> FastStep | None:
+    """Return how the fast path will run on a GPU, or None where it does not, or where Unsloth may have to take float16.
 
     Without a word on memory it keeps what fits, so what it needs is what "low" needs. What is compiled hangs on the length of the
     run; without a word on it the eager form is taken, which keeps more.
     """
-    if config.train.fast == "off":
+    if config.train.fast == "off" or (engine == "unsloth" and may_be_float16(config)):
         return None
     by_checkpointing = {"on": "low", "off": "high", "auto": "low"}[config.train.gradient_checkpointing]
     memory = by_checkpointing if config.train.memory == "auto" else config.train.memory
     packed = config.model.load_in in ("4bit", "8bit")
     return FastStep("high" if memory == "high" else "low", config.train.compile == "on", packed)
+
+
+def may_be_float16(config: Config) -> bool:
+    """Say whether 16 bit may turn out to be float16, which the fast path leaves to Unsloth: on GPUs older than Ampere."""
+    if config.model.dtype != "auto":
+        return config.model.dtype == "float16"
+    return not (choose_device(config) == "cuda" and detect_hardware().bfloat16)
 
 
 def find_parked(config: Config, fast: FastStep, images: int, clips: int) -> tuple[str, ...]:

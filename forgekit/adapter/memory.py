@@ -146,10 +146,11 @@ def estimate_memory(
     if shares_weights(config):
         gradients, optimizer = gradients / config.train.gpus, optimizer / config.train.gpus
     step = make_step(config, shapes, engine, own)
-    fast = choose_fast_step(config)
+    fast = choose_fast_step(config, engine)
     if fast:
         kept, working = count_fast(shapes, step, fast, learned)
-        loading = sum(weights) - (count_table(shapes) * unit if config.model.offload_ple == "on" else 0)
+        kept_back = config.model.offload_ple == "on" and engine == "huggingface"  # Unsloth loads it onto the GPU
+        loading = sum(weights) - (count_table(shapes) * unit if kept_back else 0)
         weights = count_base(config, shapes, unit, (*absent, *find_parked(config, fast, images, clips)))
     else:
         fitted, loading = FITTED[engine], 0.0

@@ -23,10 +23,10 @@ def place_beside_table(kind: Any, settings: Any, device: Any) -> dict[str, Any]:
     included, and settles there what it takes for the CPU's (`dispatch_model`, accelerate 1.15).
 
     Args:
-        kind: a class of transformers' models. settings: its config.
+        kind: a class of transformers' models, or one of its Auto classes. settings: its config.
     """
     with torch.device("meta"):
-        owner = kind(copy.deepcopy(settings))
+        owner = getattr(kind, "from_config", kind)(copy.deepcopy(settings))
     places: dict[str, Any] = {}
     name, before = str(find_table(owner)), ""
     for part in name.split("."):
@@ -41,11 +41,14 @@ def place_beside_table(kind: Any, settings: Any, device: Any) -> dict[str, Any]:
 def settle_table(model: Any, device: torch.device) -> None:
     """Leave the table of a model that accelerate spread over CPU and `device` where it is, for good, and drop accelerate's hooks.
 
-    They would send the whole table to the GPU for each lookup.
+    They would send the whole table to the GPU for each lookup. Buffers all go to `device`: accelerate leaves those of modules that hold
+    the table, which no line of the map names, on the CPU.
     """
     from accelerate.hooks import remove_hook_from_submodules
 
     remove_hook_from_submodules(model)
+    for module in model.modules():
+        module._buffers.update({name: None if b is None else b.to(device) for name, b in module._buffers.items()})
     model.hf_device_map = {"": device}
     table = model.get_submodule(str(find_table(model)))
     stack = contextlib.ExitStack()

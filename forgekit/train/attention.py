@@ -16,9 +16,7 @@ import torch.nn.functional as F
 from .flash import flash
 from .rows import Line, Rows, choose_rows
 
-PIECES = (
-    16  # rows that the filling is cut into, for flash attention: so none of them is longer than the batch's longest
-)
+PIECES = 16  # rows that the filling is cut into, for flash attention: so the longest is hardly ever one of them
 
 
 class Plan(NamedTuple):
@@ -58,8 +56,8 @@ def row_starts(line: Line, rows: Rows) -> torch.Tensor:
     """
     starts = F.pad(line.counts.cumsum(0), (1, 0))
     piece = (rows.lower.counts[-1] + PIECES - 1) // PIECES
-    ends = starts[-2] + piece * torch.arange(1, PIECES + 1, device=starts.device)
-    return torch.cat([starts[:-1], ends.minimum(starts[-1])]).int()
+    ends = starts[-2] + piece * torch.arange(1, PIECES, device=starts.device)
+    return torch.cat([starts[:-1], ends.minimum(starts[-1]), starts[-1:]]).int()
 
 
 def bound(rows: Rows, kernel: str) -> Rows:

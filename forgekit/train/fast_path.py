@@ -3,6 +3,7 @@
 import functools
 import types
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,7 +134,7 @@ def enable_fast_path(
     compiled: bool = False,
     uncompiled_batches: int = 1,
     recorded: bool = False,
-    batches: int | None = None,
+    left: Callable[[], int] | None = None,
     kernel: str = "auto",
 ) -> FastPath | None:
     """Replace the model's training forward by one that skips rows without a label; call it when adapter and trainer are made.
@@ -148,7 +149,7 @@ def enable_fast_path(
         uncompiled_batches: with `compiled`, the first batches that do without, in as little memory as "low" takes: a first
             loss, or an error, is seen before that minute.
         recorded: with `compiled`, batches on a GPU whose shape comes often are recorded as CUDA graphs (graphs.py).
-        batches: how many the training will take, if that is known: a recording has to pay.
+        left: says how many batches are still to come, where that is known: a recording has to pay.
         kernel: attention by "flash" or "padded"; "auto": flash where it runs and agrees with padded.
 
     Returns the FastPath with its counts, or None after one printed line that says why it does not apply.
@@ -172,7 +173,7 @@ def enable_fast_path(
         kernel=kernel,
         compiled=compiled,
         uncompiled_batches=uncompiled_batches,
-        graphs=Graphs(text, planned=batches, kernel=kernel) if recorded and compiled and weight.device.type == "cuda" else None,
+        graphs=Graphs(text, left=left, kernel=kernel) if recorded and compiled and weight.device.type == "cuda" else None,
         windows={kind: config.sliding_window if kind == "sliding_attention" else None for kind in sorted(set(config.layer_types))},
     )  # fmt: skip
     if compiled:  # the kinds of layers and of attention stand behind the same few functions

@@ -34,19 +34,19 @@ OUTSIDE = ("embed_tokens", "embed_tokens_per_layer")  # modules of the language 
 class Graphs:
     """The recordings of one Gemma3nTextModel.
 
-    longest: tokens of the longest batch that is recorded. planned: batches of the whole training, None where nobody knows. kernel: of
-    attention. capture: makes a recording. came: batches so far. seen: batches of each shape. why_not: set once recording has failed.
+    longest: tokens of the longest batch that is recorded. left: says how many batches are still to come, None where nobody knows. kernel: of
+    attention. capture: makes a recording. came: batches since the model last changed. seen: those of each shape. why_not: set once recording has failed.
     unfit: why the model as it is cannot be recorded. ticket: held by the batch whose backward is still to come. turn: number of the
     batch that the shared memory belongs to. difference: the largest that a recording was found to have.
     """
 
     text: Any
     longest: int = TOKENS
-    planned: int | None = None
+    left: Callable[[], int] | None = None
     kernel: str = "padded"
     capture: Capture = capture
-    came: int = 0
     recordings: dict[Any, Recording] = field(default_factory=dict)
+    came: int = 0
     seen: Counter[Any] = field(default_factory=Counter)
     batches: int = 0
     difference: float | None = None
@@ -70,10 +70,12 @@ class Graphs:
             x: [N, H], the rows' embeddings; per_layer: [N, layers, P] or None.
             decode: computes with compiled layers, and the same for every batch of one shape.
         """
-        self.came += 1
         if self.watch is None:
             self.look_at_model()
-        if self.why_not or self.unfit or x.shape[0] > self.longest or not torch.is_grad_enabled():
+        if self.why_not or self.unfit or not torch.is_grad_enabled():
+            return decode(x, per_layer, rows)
+        self.came += 1
+        if x.shape[0] > self.longest:
             return decode(x, per_layer, rows)
         rows = bound(rows, self.kernel)
         key = describe_shape(x, per_layer, rows)
@@ -93,7 +95,7 @@ class Graphs:
         """Say whether a shape comes often enough; one that has had a share of the batches so far will have it of the rest."""
         if self.seen[key] < SEEN:
             return False
-        return self.planned is None or self.seen[key] / self.came * (self.planned - self.came) >= REPAID
+        return self.left is None or self.seen[key] / self.came * self.left() >= REPAID
 
     def give_up(self, why: str) -> None:
         """Record nothing any more, and say why, once."""
@@ -104,6 +106,7 @@ class Graphs:
     def forget(self) -> None:
         """Drop all recordings and the memory that they hold."""
         self.recordings.clear()
+        self.came = 0
         self.seen.clear()
         self.workshop = self.watch = None
 

@@ -100,12 +100,16 @@ def choose_rows(
     if size > coarse:
         kept_size, size = fill_up(tokens, max(learned, 1), multiple)
     flat, lower = line_up(wanted, width, tokens, size, longest)
+    if not learned:  # one token stands for the kept ones, in its own row
+        kept = torch.zeros_like(kept)
+        kept.view(-1)[flat[0]] = True
+        upper_width = kept.sum(1)
     in_line = torch.zeros(size, dtype=torch.bool, device=labels.device)
     in_line[:tokens] = kept.flatten()[flat[:tokens]]
     order = torch.argsort((~in_line).int(), stable=True)[:kept_size]
     upper = stand_in_rows(order, flat, columns, upper_width, max(learned, 1), longest_kept or 1)
     following = labels.flatten()[(flat[order] + 1).clamp(max=batch * columns - 1)]
-    targets = torch.where(in_line[order], following, IGNORE)
+    targets = torch.where(in_line[order], following, IGNORE) if learned else torch.full_like(following, IGNORE)
     return Rows(
         batch=batch,
         columns=columns,

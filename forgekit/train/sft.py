@@ -103,7 +103,7 @@ def make_trainer(
     checkpoints = Checkpoints(trainer, identity, config.train.save_minutes)
     trainer.prepare(Order(len(data["train"]), config.train.seed), checkpoints)
     trainer.add_callback(checkpoints)
-    # seen to hold on plain transformers and for Unsloth on a CPU; on a GPU Unsloth compiles a loss of its own and decides
+    # without the fast path, which sees to it: on plain transformers and for Unsloth on a CPU; on a GPU Unsloth's own loss decides
     if engine == "huggingface" or choose_device(config) == "cpu":
         weigh_tokens_alike(trainer)
     scale_learning_rates(trainer, config.train.learning_rate_pattern)

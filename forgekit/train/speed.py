@@ -36,7 +36,7 @@ def train_fast(trainer: Any, config: Config, run: Run) -> None:
             compiled=compiled,
             uncompiled_batches=first,
             recorded=config.train.cuda_graphs != "off",
-            batches=count_batches(trainer),
+            left=functools.partial(count_batches_left, trainer),
         )
         if path is None:
             if config.train.fast == "on":
@@ -111,10 +111,18 @@ def choose_compile(trainer: Any, config: Config) -> tuple[bool, str]:
     return True, f"compiled from the second step on: {batches} batches pay for that minute"
 
 
+def count_rows(trainer: Any) -> float:
+    """Return how many rows the training will see, over all processes."""
+    args = trainer.args
+    step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return float(args.max_steps * step if args.max_steps > 0 else len(trainer.train_dataset) * args.num_train_epochs)
+
+
 def count_batches(trainer: Any) -> int:
     """Return how many forward passes the training will take in this process."""
-    args = trainer.args
-    if args.max_steps > 0:
-        return args.max_steps * args.gradient_accumulation_steps
-    rows = len(trainer.train_dataset) * args.num_train_epochs
-    return math.ceil(rows / args.per_device_train_batch_size / args.world_size)
+    return math.ceil(count_rows(trainer) / trainer.args.per_device_train_batch_size / trainer.args.world_size)
+
+
+def count_batches_left(trainer: Any) -> int:
+    """Return how many of them are still to come, in a resumed training too."""
+    return count_batches(trainer) - int(trainer.state.global_step) * int(trainer.args.gradient_accumulation_steps)

@@ -22,9 +22,11 @@ from ..config import Config
 from ..hardware import GIB
 from ..run_folder import Run
 from .park import TOWERS
-from .speed import count_batches, find_media
+from .speed import count_rows, find_media
 
-LIMIT = 4 * GIB  # of the machine's memory, for each tower; features of a picture take 1 MB in 16 bit
+LIMIT = (
+    4 * GIB
+)  # of the machine's memory, for each tower, over all processes; features of a picture take 1 MB in 16 bit
 TIMED = 3  # batches that are timed, waiting for the GPU; then it is known whether looking up is cheaper than computing
 SUMS = 2  # sums of a fingerprint
 Key = tuple[tuple[int, ...], str, tuple[int, ...]]
@@ -43,6 +45,8 @@ class TowerCache:
     computed: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"hash": 0.0, "tower": 0.0})
     timed: int = 0
+    items: int | None = None  # of the whole data set, or its rows at least
+    full: bool = False  # whether something found no room
     off: str | None = None  # why it was given up
     kind: Any = None  # class of the tower's output
 
@@ -82,8 +86,8 @@ class TowerCache:
         """Return a key for each item: a fingerprint of its numbers, their types, and their shapes.
 
         Fingerprints are sums of the numbers' bits times random factors, modulo 2^64, computed where the numbers are: a few numbers
-        come to the CPU instead of all. Two items that differ have the same one at a chance of 2^-66 or less (that of a difference of
-        32 bits in whose product with one factor all 64 are zero, for both sums).
+        come to the CPU instead of all. For factors drawn uniformly two items that differ have the same one at a chance of 2^-66 at most:
+        for both sums the product of their difference, of 32 bits, with its factor is zero in all 64.
         """
         bits = [as_integers(value) for value in inputs]
         factors = self.get_factors(max(value.shape[1] for value in bits), bits[0].device)
@@ -113,6 +117,8 @@ class TowerCache:
             if self.bytes + size <= self.limit:
                 self.store[key] = {name: tensor.detach().cpu() for name, tensor in fields.items()}
                 self.bytes += size
+            else:
+                self.full = True
 
     def start_clock(self) -> float:
         """Return the time, when what the GPU was given before is done."""
@@ -126,13 +132,16 @@ class TowerCache:
             self.seconds[name] += self.start_clock() - started
 
     def judge(self) -> None:
-        """Give up when looking up costs more than half of what it saves, in the first batches."""
+        """Give up when looking up costs more than half of what it saves: known in the first batches, and when the store is full."""
         self.timed += 1
-        if self.timed == TIMED and self.seconds["hash"] > self.seconds["tower"] / 2:
-            self.off = (
-                f"looking up takes {self.seconds['hash'] / max(self.seconds['tower'], 1e-9):.1f} of the tower's time"
-            )
+        saved = self.seconds["tower"] * self.expect()
+        if self.timed >= TIMED and self.seconds["hash"] > saved / 2:
+            self.off = f"looking up takes {self.seconds['hash'] / max(saved, 1e-9):.1f} times what it saves"
             self.store.clear()
+
+    def expect(self) -> float:
+        """Return the share of items that will be found: all as long as there is room, then as much of the data as is kept."""
+        return min(1.0, len(self.store) / self.items) if self.full and self.items else 1.0
 
     def summarize(self) -> dict[str, Any]:
         """Return for run.json what was found and computed, the bytes kept, and why it was given up."""
@@ -169,12 +178,16 @@ def find_random(tower: Any) -> str | None:
 
 
 @contextlib.contextmanager
-def cache_towers(base: Any, used: set[str]) -> Iterator[dict[str, TowerCache]]:
+def cache_towers(
+    base: Any, used: set[str], limit: int = LIMIT, items: int | None = None
+) -> Iterator[dict[str, TowerCache]]:
     """Cache the frozen towers of the media that are used; yield the caches by the tower's name.
 
     Args:
         base: a Gemma3nForConditionalGeneration.
         used: kinds of media in the data, of "image" and "audio".
+        limit: bytes of the machine's memory for each tower.
+        items: in the whole data set, or its rows at least.
     """
     caches = {}
     for kind in sorted(used & TOWERS.keys()):
@@ -185,7 +198,7 @@ def cache_towers(base: Any, used: set[str]) -> Iterator[dict[str, TowerCache]]:
         if random:
             print(f"{TOWERS[kind]}: not cached, because {random} draws random numbers")
             continue
-        caches[TOWERS[kind]] = tower.forward = TowerCache(tower)
+        caches[TOWERS[kind]] = tower.forward = TowerCache(tower, limit, items=items)
     try:
         yield caches
     finally:
@@ -201,13 +214,14 @@ def cache_while_training(trainer: Any, config: Config, run: Run) -> None:
     from .fast_path import unwrap
 
     train, switch = trainer.train, config.train.cache_towers
-    again = count_batches(trainer) * trainer.args.per_device_train_batch_size > len(trainer.train_dataset)
+    again = count_rows(trainer) > len(trainer.train_dataset)
     if switch == "off" or (switch == "auto" and not again):
         return
 
     @functools.wraps(train)
     def train_with_cache(*args: Any, **kwargs: Any) -> Any:
-        with cache_towers(unwrap(trainer.model), find_media(trainer.train_dataset)) as caches:
+        processes, rows = trainer.args.world_size, trainer.train_dataset
+        with cache_towers(unwrap(trainer.model), find_media(rows), LIMIT // processes, len(rows)) as caches:
             try:
                 return train(*args, **kwargs)
             finally:

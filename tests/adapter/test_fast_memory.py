@@ -48,10 +48,12 @@ def test_every_measured_peak_is_met(released: dict[str, Shapes]) -> None:
 
 
 def test_it_runs_where_training_runs_it() -> None:
-    assert choose_fast_step(make(train__fast="off")) is None
-    assert choose_fast_step(make()) == FastStep("low", False, True)
+    assert choose_fast_step(make(train__fast="off"), "huggingface") is None
+    low = FastStep("low", False, True)
+    assert choose_fast_step(make(), "huggingface") == choose_fast_step(make(model__dtype="bfloat16"), "unsloth") == low
+    assert choose_fast_step(make(), "unsloth") is choose_fast_step(make(model__dtype="float16"), "unsloth") is None
     high = make(train__memory="high", train__compile="on", model__load_in="16bit")
-    assert choose_fast_step(high) == FastStep("high", True, False)
+    assert choose_fast_step(high, "huggingface") == FastStep("high", True, False)
 
 
 def test_what_waits_elsewhere_follows_settings_and_media() -> None:

@@ -62,6 +62,8 @@ def test_nothing_sends_the_table_to_the_gpu(tiny_folder: Any, monkeypatch: pytes
         assert not any(hasattr(module, "_hf_hook") for module in model.modules()) and "forward" in vars(table)
         with torch.no_grad():
             assert torch.equal(model(input_ids=ids).logits, expected)
+    settle_table(plain, torch.device("meta"))
+    assert {b.device.type for b in plain.buffers()} == {"meta"} and {p.device.type for p in plain.parameters()} == {"cpu"}  # fmt: skip
 
 
 @pytest.mark.gpu

@@ -177,7 +177,7 @@ def record(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     def enable(model: Any, **settings: Any) -> Any:
         path = enable_fast_path(model, compiled=True, uncompiled_batches=0, **{"memory": "high"} | settings)
         assert path
-        path.graphs = Graphs(path.text, planned=settings.get("batches"), capture=tape)
+        path.graphs = Graphs(path.text, left=settings.get("left"), kernel=path.kernel, capture=tape)
         return path
 
     return enable

@@ -131,6 +131,25 @@ def test_rows_given_to_flash_attention_are_the_right_ones(
         disable_fast_path(model)
 
 
+@pytest.mark.parametrize("kernel", ["flash", "padded"])
+@pytest.mark.parametrize("multiple", [1, 64])
+def test_a_batch_that_teaches_nothing_changes_nothing(
+    small: Any, flash_by_contract: list[int], multiple: int, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the rows that fill up a round of several processes; the query that stands for the learned ones sees a key, too."""
+    from forgekit.train import row_skip
+
+    monkeypatch.setattr(row_skip, "choose_rows", lambda *arguments: rows.choose_rows(*arguments[:3], multiple))
+    model = small.text_model()
+    enable_fast_path(model, kernel=kernel)
+    for seed in range(4):
+        batch = small.draw_batch(30 + seed)
+        batch["labels"] = batch["labels"].fill_(-100)
+        losses, gradients = small.gradients(model, [batch | {"num_items_in_batch": 7}])
+        assert losses == [0.0] and gradients and not any(gradient.any() for gradient in gradients.values())
+    assert len(flash_by_contract) == (4 * 5 if kernel == "flash" else 0)
+
+
 def test_answers_at_the_end_use_flash_attention_in_every_layer(small: Any, flash_by_contract: list[int]) -> None:
     batch = small.draw_batch(31)
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
@@ -203,12 +222,19 @@ def test_compiling_pays_from_a_number_of_batches(make_config: Any, monkeypatch: 
     config = make_config()
 
     def trainer(steps: int) -> Any:
-        return SimpleNamespace(args=SimpleNamespace(max_steps=steps, gradient_accumulation_steps=2))
+        settings = {
+            "max_steps": steps,
+            "gradient_accumulation_steps": 2,
+            "per_device_train_batch_size": 4,
+            "world_size": 2,
+        }
+        return SimpleNamespace(args=SimpleNamespace(**settings), state=SimpleNamespace(global_step=100))
 
     assert speed.choose_compile(trainer(150), config)[0]
     compiled, why = speed.choose_compile(trainer(149), config)
     assert not compiled and "298 batches would not pay for it" in why
     assert speed.choose_compile(trainer(1), make_config({"train.compile": "on"}))[0]
+    assert speed.count_batches_left(trainer(150)) == 100
 
 
 def test_rows_of_a_parked_table_are_bit_for_bit_the_same(small: Any) -> None:

@@ -1,5 +1,7 @@
 """Batches by recordings: the same losses and gradients, whatever comes in between (on a CPU by the stand-in of tapes.py)."""
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -166,6 +168,44 @@ def test_a_learning_tower_gets_its_gradient_through_a_recording(small: Any, reco
         assert small.difference(expected, small.gradients(model, [batch])) < EXACT
     assert path.graphs.batches == 2
     assert "model.embed_tokens_per_layer.weight" in right[0][1]
+
+
+@pytest.fixture
+def flash_on_cpu() -> Iterator[None]:
+    """Gives the operators of flash attention a kernel for the CPU, after their contract."""
+    import torch
+
+    from .test_fast_path import attend_row_by_row
+
+    def forward(*arguments: Any) -> Any:
+        out = attend_row_by_row(*arguments)
+        return out, out.new_empty((out.shape[1], out.shape[0]), dtype=torch.float32)
+
+    def backward(grad: Any, q: Any, k: Any, v: Any, out: Any, logsumexp: Any, *places: Any) -> Any:
+        leaves = [value.detach().requires_grad_() for value in (q, k, v)]
+        with ThreadPoolExecutor(1) as thread:  # autograd is off in this one
+            return thread.submit(
+                lambda: torch.autograd.grad(attend_row_by_row(*leaves, *places), leaves, grad)
+            ).result()
+
+    library = torch.library.Library("forgekit", "FRAGMENT")
+    torch.library.register_kernel("forgekit::flash", "cpu", forward, lib=library)
+    torch.library.register_kernel("forgekit::flash_backward", "cpu", backward, lib=library)
+    yield
+    library._destroy()
+
+
+def test_a_recording_with_the_bounds_of_flash_attention(small: Any, record: Any, flash_on_cpu: None) -> None:
+    """The same length of the line with other rows, filling and learned tokens."""
+    model = small.add_lora(small.text_model())
+    batches = [
+        plain_batch(length, learned) for length, learned in ((40, (9, 9)), (38, (14, 4)), (33, (1, 10)), (40, (2, 13)))
+    ]
+    right = [small.gradients(model, [batch]) for batch in batches]
+    path = record(model, kernel="flash")
+    for batch, expected in zip(batches, right, strict=True):
+        assert small.difference(expected, small.gradients(model, [batch])) < EXACT
+    assert len(path.graphs.recordings) == 1 and path.graphs.batches == 3 and path.graphs.kernel == "flash"
 
 
 @pytest.mark.gpu

@@ -220,14 +220,14 @@ def test_few_shapes_are_recorded_and_no_long_batch(small: Any, record: Any, monk
 def test_a_shape_is_recorded_where_it_comes_often_enough_to_pay(
     small: Any, record: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of twelve batches, of which three more must be expected: one shape comes each second time, the others once or at the end."""
+    """Of twelve batches, where three more must be expected: one shape comes each second time, the others once or at the end."""
     monkeypatch.setattr("forgekit.train.graphs.REPAID", 3)
     model = small.add_lora(small.text_model())
-    path = record(model, batches=12)
+    recorded: list[int] = []
+    path = record(model, left=lambda: 12 - len(recorded))
     often, late = plain_batch(40, (9, 9)), plain_batch(300, (9, 9))
     others = [plain_batch(length, (9, 9)) for length in (100, 150, 200)]
     order = [often, others[0], often, others[1], often, others[2], often, late, often, late, often, late]
-    recorded = []
     for batch in order:
         small.gradients(model, [batch])
         recorded.append(path.graphs.batches)

@@ -95,7 +95,18 @@ def test_it_gives_up_where_looking_up_costs_more(monkeypatch: pytest.MonkeyPatch
     cache = TowerCache(CountedTower())
     for number in (0, 1, 1, 2):  # it gives up in the third batch, which has found its item
         assert torch.equal(cache(torch.full((1, 3), float(number))).last_hidden_state, torch.full((1, 3), 2.0 * number))
-    assert cache.off and "looking up takes 1.5 of the tower's time" in str(cache) and not cache.store
+    assert cache.off and "looking up takes 1.5 times what it saves" in str(cache) and not cache.store
+
+
+@pytest.mark.parametrize(("items", "why"), [(10, "looking up takes 0.6 times what it saves"), (8, None), (None, None)])
+def test_it_gives_up_where_the_store_holds_too_little_of_the_data(items: int | None, why: str | None) -> None:
+    """A store for two items, when looking up takes an eighth of the tower's time: it pays for a quarter of the data, not for a fifth."""
+    import torch
+
+    cache = TowerCache(CountedTower(), limit=2 * 3 * 4, items=items, timed=TIMED, seconds={"hash": 0.12, "tower": 1.0})
+    for number in [*range(10)] * 2:
+        assert torch.equal(cache(torch.full((1, 3), float(number))).last_hidden_state, torch.full((1, 3), 2.0 * number))
+    assert cache.off == why and cache.found == (0 if why else 2)
 
 
 @pytest.mark.parametrize(("settings", "name", "least"), [(PICTURES, "vision_tower", 8), (SOUND, "audio_tower", 1)])
