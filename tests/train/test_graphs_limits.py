@@ -261,18 +261,19 @@ def test_filling_does_not_make_masks_of_short_rows_longer() -> None:
     assert (bounded.lower.longest, bounded.upper.longest) == (64, 16)
 
 
-def test_batches_of_nearly_one_length_have_few_shapes() -> None:
-    """Four rows of about 1,000 tokens, a quarter learned, as in the first use of the fast path under a trainer: 7 recordings in 28 batches."""
+@pytest.mark.parametrize(("least", "most", "batches", "bound_on_shapes"), [(980, 1050, 200, 3), (64, 1024, 2000, 32)])
+def test_batches_have_few_shapes(least: int, most: int, batches: int, bound_on_shapes: int) -> None:
+    """Four rows, a quarter of each learned; with the longest row and the filling in a shape there were 14 and 139."""
     import torch
 
     draw, shapes = random.Random(0), set()
-    for _ in range(200):
-        lengths = [draw.randint(980, 1050) for _ in range(4)]
+    for _ in range(batches):
+        lengths = [draw.randint(least, most) for _ in range(4)]
         labels = torch.full((4, 1088), -100)
         mask = torch.zeros_like(labels)
         for row, length in enumerate(lengths):
             mask[row, :length] = 1
-            labels[row, length - draw.randint(240, 260) : length] = 5
+            labels[row, length - length // 4 : length] = 5
         rows = choose_rows(labels, mask, {"any": None}, 64, 8192)
         assert rows
         bounded = bound(rows, "flash")
@@ -285,4 +286,5 @@ def test_batches_of_nearly_one_length_have_few_shapes() -> None:
             assert limit >= max(lengths) and sum(lengths) == line.index.numel() and min(lengths) >= 0
         queries, keys = (row_starts(line, rows).diff()[-PIECES:] for line in (rows.upper, rows.lower))
         assert (queries <= keys).all() and keys.sum() == rows.filling
-    assert len(shapes) <= 6, shapes
+    print(f"{batches} batches of {least} to {most} tokens a row: {len(shapes)} shapes")
+    assert len(shapes) <= bound_on_shapes
