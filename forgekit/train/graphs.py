@@ -18,7 +18,7 @@ from .attention import bound
 from .recording import Capture, Decode, Recording, Workshop, capture, describe_shape
 
 TOKENS = 8192  # a longer batch keeps the GPU busy (16,384 tokens of E2B on an H200: nothing to gain), and a recording holds memory
-SHAPES = 32  # recordings of one training, half a second and some MB each
+SHAPES = 32  # recordings of one training, some MB each
 SEEN = 2  # a shape is recorded when it comes for this time at the earliest: compiled layers have run it once
 # Making a recording and comparing it took 0.6 to 1.2 s, and it saves 36 to 130 ms a batch (an H200, benchmarks/README.md): a shape
 # is recorded where so many more batches of it are to be expected.
@@ -34,10 +34,11 @@ OUTSIDE = ("embed_tokens", "embed_tokens_per_layer")  # modules of the language 
 class Graphs:
     """The recordings of one Gemma3nTextModel.
 
-    longest: tokens of the longest batch that is recorded. left: says how many batches are still to come, None where nobody knows. kernel: of
-    attention. capture: makes a recording. came: batches since the model last changed. seen: those of each shape. why_not: set once recording has failed.
-    unfit: why the model as it is cannot be recorded. ticket: held by the batch whose backward is still to come. turn: number of the
-    batch that the shared memory belongs to. difference: the largest that a recording was found to have.
+    longest: tokens of the longest batch that is recorded. left: says how many batches are still to come, None where nobody knows.
+    kernel: of attention. capture: makes a recording. came: batches since the model last changed. seen: those of each shape.
+    batches: those that came by a recording. difference: the largest that one was found to have. why_not: set once recording has
+    failed. unfit: why the model as it is cannot be recorded. turn: number of the batch that the shared memory belongs to. ticket:
+    held by the batch whose backward is still to come.
     """
 
     text: Any

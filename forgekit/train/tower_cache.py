@@ -24,9 +24,8 @@ from ..run_folder import Run
 from .park import TOWERS
 from .speed import count_rows, find_media
 
-LIMIT = (
-    4 * GIB
-)  # of the machine's memory, for each tower, over all processes; features of a picture take 1 MB in 16 bit
+# Of the machine's memory, for each tower, over all processes; features of a picture take 1 MB in 16 bit.
+LIMIT = 4 * GIB
 TIMED = 3  # batches that are timed, waiting for the GPU; then it is known whether looking up is cheaper than computing
 SUMS = 2  # sums of a fingerprint
 Key = tuple[tuple[int, ...], str, tuple[int, ...]]
