@@ -173,7 +173,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--load-in", default="16bit", choices=["16bit", "4bit", "full"])
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--bound", type=float, default=1e-3, help="largest difference of a step's loss that passes")
-    parser.add_argument("--seconds", type=int, default=400, help="longest time of one number of GPUs, the last checkpoint included")
+    parser.add_argument(
+        "--seconds", type=int, default=400, help="longest time of one number of GPUs, the last checkpoint included"
+    )
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--here", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
