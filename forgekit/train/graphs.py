@@ -20,8 +20,8 @@ from .recording import Capture, Decode, Recording, Workshop, capture, describe_s
 TOKENS = 8192  # a longer batch keeps the GPU busy (16,384 tokens of E2B on an H200: nothing to gain), and a recording holds memory
 SHAPES = 32  # recordings of one training, some MB each
 SEEN = 2  # a shape is recorded when it comes for this time at the earliest: compiled layers have run it once
-# Making a recording and comparing it took 0.6 to 1.2 s, and it saves 36 to 130 ms a batch (an H200, benchmarks/README.md): a shape
-# is recorded where so many more batches of it are to be expected.
+# A step that also records and compares took 0.7 to 1.3 s, and a recording saves 36 to 130 ms a batch (an H200, benchmarks/README.md):
+# a shape is recorded where so many more batches of it are to be expected.
 REPAID = 16
 LEARNED_BYTES = 2**30  # gradients stand twice while a recording is used: little for an adapter, much for whole weights
 # How far a recording may be from its kernels launched one by one. Half precision: attention's backward adds up in any order, and a
