@@ -236,6 +236,8 @@ def load_transformers(config: Config, name: str, dtype: Any) -> "PreTrainedModel
     import torch
     import transformers
 
+    from .table import place_beside_table, settle_table
+
     settings = transformers.AutoConfig.from_pretrained(name, revision=config.model.revision, **NO_CODE)
     architecture = (settings.architectures or ["AutoModelForCausalLM"])[0]
     kind = getattr(transformers, architecture, None)
@@ -259,8 +261,6 @@ def load_transformers(config: Config, name: str, dtype: Any) -> "PreTrainedModel
         "8bit": {"load_in_8bit": True},
     }.get(config.model.load_in)
     device = choose_device(config)
-    from .table import place_beside_table, settle_table
-
     lent = device == "cuda" and keeps_table_back(config, settings)
     places = place_beside_table(kind, settings, 0) if lent else {"": 0} if device == "cuda" else None
     if quantisation:  # the last word lets a module that is not packed stay on the CPU

@@ -44,9 +44,7 @@ class Recording:
 
     def load(self, x: torch.Tensor, per_layer: torch.Tensor | None) -> None:
         """Put a batch's embeddings where the recording reads them; its numbers are put there by `load_numbers`."""
-        self.x.detach().copy_(x)
-        if self.per_layer is not None:
-            self.per_layer.detach().copy_(per_layer)
+        fill((self.x, self.per_layer), (x, per_layer))
 
     def load_numbers(self, rows: Rows) -> None:
         """Put a batch's places where the recording reads them."""
@@ -92,10 +90,7 @@ class Workshop:
             with self.through_aliases():
                 return self.keep(find_gradients(latest[0], sources, gradient))
 
-        with torch.no_grad():
-            fixed.copy_(x)
-            if per_layer_fixed is not None and per_layer is not None:
-                per_layer_fixed.copy_(per_layer)
+        fill((fixed, per_layer_fixed), (x, per_layer))
         if not self.warm:  # what a process does once, it does before the first recording
             with side_stream(x.device):
                 gradient = self.lend("gradient", forward())
@@ -174,6 +169,14 @@ class Workshop:
             recording.gradient.copy_(direction)
             recording.backward()
             return max(measure_distance([hidden], [recording.hidden]), measure_distance(launched, recording.reached))
+
+
+def fill(places: tuple[torch.Tensor | None, ...], values: tuple[torch.Tensor | None, ...]) -> None:
+    """Copy values to where a recording reads them; a place and its value are both None where the model has no such input."""
+    with torch.no_grad():
+        for place, value in zip(places, values, strict=True):
+            if place is not None and value is not None:
+                place.copy_(value)
 
 
 def find_gradients(

@@ -38,10 +38,8 @@ def test_nothing_sends_the_table_to_the_gpu(tiny_folder: Any, monkeypatch: pytes
             move(module, name, device, **settings)
 
     monkeypatch.setattr(hooks, "set_module_tensor_to_device", note)
-    settings, plain = (
-        AutoConfig.from_pretrained(tiny_folder),
-        Gemma3nForConditionalGeneration.from_pretrained(tiny_folder),
-    )
+    settings = AutoConfig.from_pretrained(tiny_folder)
+    plain = Gemma3nForConditionalGeneration.from_pretrained(tiny_folder)
     name = str(find_table(plain))
     ids = torch.arange(300, 340)[None]
     with torch.no_grad():

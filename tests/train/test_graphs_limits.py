@@ -119,22 +119,6 @@ def test_dropout_and_whole_weights_are_not_recorded(small: Any, record: Any, mon
     assert not path.graphs.recordings and path.graphs.unfit == "more learns than an adapter"
 
 
-def test_what_cannot_be_recorded_is_said_once_and_computed_without(small: Any, record: Any, capsys: Any) -> None:
-    def refuse(function: Any, pool: Any) -> Any:
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
-
-    model = small.add_lora(small.text_model())
-    batch = small.draw_batch(30)
-    right = small.gradients(model, [batch])
-    path = record(model)
-    path.graphs.capture = refuse
-    for _ in range(SEEN + 2):
-        assert small.difference(right, small.gradients(model, [batch])) < EXACT
-    printed = capsys.readouterr().out
-    assert printed.count("no CUDA graphs, because recording failed: operation not permitted") == 1
-    assert path.graphs.batches == 0
-
-
 def test_a_recording_that_reads_old_places_is_found(small: Any, record: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutant: learned places of the batch that was recorded, not of this one."""
     import torch
@@ -150,6 +134,11 @@ def test_a_recording_that_reads_old_places_is_found(small: Any, record: Any, mon
     assert path.graphs.batches == 2
 
 
+def refuse(function: Callable[[], Any], pool: Any) -> Any:
+    """What cannot be recorded."""
+    raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+
 def stand_still(function: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]:
     """A recording that never runs again."""
     return lambda: None, function()
@@ -157,25 +146,37 @@ def stand_still(function: Callable[[], Any], pool: Any) -> tuple[Callable[[], No
 
 def read_old_inputs(function: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]:
     """A recording that gives what it gave when it was made."""
-    import torch
-
-    replay, result = tape(function, pool)
+    _, result = tape(function, pool)
     values = [value for value in (result if isinstance(result, list) else [result]) if value is not None]
     kept = [value.clone() for value in values]
-    return lambda: [old.detach().copy_(new) for old, new in zip(values, kept, strict=True)] and None, result if torch else None  # fmt: skip
+
+    def replay() -> None:
+        for old, new in zip(values, kept, strict=True):
+            old.detach().copy_(new)
+
+    return replay, result
 
 
-@pytest.mark.parametrize("broken", [stand_still, read_old_inputs])
-def test_a_wrong_recording_is_found_before_it_is_used(small: Any, record: Any, broken: Any, capsys: Any) -> None:
+@pytest.mark.parametrize(
+    ("broken", "start", "end"),
+    [
+        (refuse, "recording failed: operation not permitted", "when stream is capturing"),
+        (stand_still, "a recording is", "off what it recorded"),
+        (read_old_inputs, "a recording is", "off what it recorded"),
+    ],
+)
+def test_a_wrong_or_refused_recording_is_said_once_and_computed_without(
+    small: Any, record: Any, broken: Any, start: str, end: str, capsys: Any
+) -> None:
     model = small.add_lora(small.text_model())
     batch = small.draw_batch(30)
     right = small.gradients(model, [batch])
     path = record(model)
     path.graphs.capture = broken
-    for _ in range(SEEN + 1):
+    for _ in range(SEEN + 2):
         assert small.difference(right, small.gradients(model, [batch])) < EXACT
-    assert "off what it recorded" in path.graphs.why_not and path.graphs.batches == 0
-    assert capsys.readouterr().out.count("no CUDA graphs, because a recording is") == 1
+    assert end in path.graphs.why_not and path.graphs.batches == 0
+    assert capsys.readouterr().out.count(f"no CUDA graphs, because {start}") == 1
 
 
 def test_recordings_give_their_memory_to_a_batch_that_needs_it(small: Any, record: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
