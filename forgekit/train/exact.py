@@ -5,6 +5,7 @@ With a `group`, several processes take each step together: the same rows, the sa
 
 import contextlib
 import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..errors import ModelError
 from ..faults import strike
 from ..link import tell
 from .order import Order, SeededRows
+from .read_ahead import ReadAhead, take
 
 SCALE_STEPS = 20  # float16 starts with losses scaled by 65536 and halves that at each overflow: below 1 after 17
 
@@ -21,13 +23,16 @@ class ExactTraining:
     """Stands before a transformers trainer among the bases of a class; `prepare` completes it.
 
     order: which rows are learned from when. checkpoints: when and how they are saved. step_losses: of the batches since the
-    last optimiser step, on their device.
+    last optimiser step, on their device. reader: where a GPU computes, collates the batches of the next step meanwhile.
     """
 
     order: Order
     checkpoints: Any
     step_losses: list[Any]
     overflows: int
+    reader: ReadAhead | None = None
+    operations: int | None = None  # floating-point operations of a token, as transformers counts them
+    tokens_before: int = 0  # seen before the step, as TRL counts them
     group: Any = None  # a `Group` while several processes train together
 
     def prepare(self, order: Order, checkpoints: Any) -> None:
@@ -46,16 +51,29 @@ class ExactTraining:
         return Share(self.order, trainer.args.train_batch_size, self.group.rank, self.group.size)
 
     def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
-        rows = SeededRows(dataset, self.order) if is_training else dataset
+        from .trial import changed
+
+        trainer: Any = self
+        rows, collate = dataset, trainer.data_collator
         with contextlib.ExitStack() as stack:
             if self.group:
                 from .share import collate_shared
-                from .trial import changed
 
-                trainer: Any = self
                 stack.enter_context(self.group.own_loader(trainer))
-                stack.enter_context(changed([trainer], "data_collator", collate_shared(trainer.data_collator)))
+                collate = collate_shared(collate)
+            if is_training:
+                rows = SeededRows(dataset, self.order)
+                if self.reads_ahead():
+                    size = trainer.args.train_batch_size
+                    rows = self.reader = ReadAhead(rows, collate, self._get_train_sampler(), size)
+                    collate = take
+            stack.enter_context(changed([trainer], "data_collator", collate))
             return super()._get_dataloader(rows, *args, is_training=is_training, **kwargs)  # type: ignore[misc]
+
+    def reads_ahead(self) -> bool:
+        """Say whether rows are made ready while a batch is computed: on a CPU both would wait for the same cores."""
+        trainer: Any = self
+        return trainer.args.device.type == "cuda"
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Tell the supervisor that a step begins: reading its rows may hang, too."""
@@ -147,23 +165,43 @@ class ExactTraining:
 
     def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """Note the batch's loss."""
-        if self.group:
-            trainer: Any = self
-            self.group.seed_batch(self.order.seed, trainer.state.global_step, len(self.step_losses))
-        loss = super().training_step(model, *args, **kwargs)  # type: ignore[misc]
+        trainer: Any = self
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(in_training_already(model, getattr(self, "model", model)))
+            if self.group:
+                self.group.seed_batch(self.order.seed, trainer.state.global_step, len(self.step_losses))
+                # TRL would gather its figures here, and all wait for the slowest at each batch (exchange_losses)
+                stack.enter_context(self.group.alone(trainer))
+                if not self.step_losses:
+                    self.tokens_before = trainer._total_train_tokens
+            loss = super().training_step(model, *args, **kwargs)  # type: ignore[misc]
         strike("backward", model)
         self.step_losses.append(loss)
+        if self.reader:
+            self.reader.start()
         return loss
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Return what transformers counts, its count of the weights taken once (benchmarks/trainer.py)."""
+        trainer: Any = self
+        ids = inputs.get(getattr(trainer.model, "main_input_name", "input_ids"))
+        if ids is None:
+            return 0
+        if self.operations is None:
+            self.operations = super().floating_point_ops(inputs) // ids.numel()  # type: ignore[misc]
+        return self.operations * ids.numel()
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)  # type: ignore[misc]
         norm = norm.full_tensor() if self.group and self.group.shards else norm
         losses, self.step_losses = self.step_losses, []
         self.check_finite(self.exchange_losses(losses), norm)
+        if self.reader:
+            self.reader.wait()
         return norm
 
     def exchange_losses(self, losses: list[Any]) -> list[Any]:
-        """Return the losses of the whole step's batches, in the order of its rows; the log's sum becomes that of all processes.
+        """Return the losses of the whole step's batches, in the order of its rows; the log's figures become those of all processes.
 
         The others have to be there for it, so a step whose gradients lack somebody's part changes no weight.
         """
@@ -172,10 +210,25 @@ class ExactTraining:
         import torch
 
         trainer: Any = self
-        mine = torch.stack(losses).double().tolist()
-        found = self.group.gather(mine)
-        trainer._tr_loss += sum(map(sum, found)) / self.group.size - sum(mine)
-        return [torch.tensor(loss, device=losses[0].device) for batches in zip(*found, strict=True) for loss in batches]
+        noted, number = trainer._metrics["train"], len(losses)
+        # TRL's figures of a batch (entropy, accuracy), and the tokens that it has seen since training began
+        names = [name for name in sorted(noted) if name != "num_tokens"]
+        mine = [torch.stack(losses).double().tolist(), *(noted[name][-number:] for name in names)]
+        found = self.group.gather(
+            [trainer._total_train_tokens - self.tokens_before, *(v for part in mine for v in part)]
+        )
+        tokens = [int(numbers.pop(0)) for numbers in found]
+        parts = [
+            merge(numbers[start : start + number] for numbers in found) for start in range(0, len(found[0]), number)
+        ]
+        every, figures = parts[0], parts[1:]
+        trainer._tr_loss += sum(every) / self.group.size - sum(mine[0])
+        for name, values in zip(names, figures, strict=True):
+            noted[name][-number:] = values
+        trainer._total_train_tokens = self.tokens_before + sum(tokens)
+        if "num_tokens" in noted:
+            noted["num_tokens"] = [trainer._total_train_tokens]
+        return [torch.tensor(loss, device=losses[0].device) for loss in every]
 
     def check_finite(self, losses: list[Any], norm: Any) -> None:
         """Raise ModelError, naming the rows, when a loss or the gradient's length is no number; the weights are still good.
@@ -210,6 +263,30 @@ class ExactTraining:
             f"{', '.join(name_rows(trainer.train_dataset, rows))}. Look at them, or lower train.learning_rate; in float16 set "
             "model.dtype: bfloat16 or float32."
         )
+
+
+def merge(shares: Iterable[list[float]]) -> list[float]:
+    """Return the processes' figures of a step's batches in the order of its rows: batch k is process k modulo their number's."""
+    return [value for batches in zip(*shares, strict=True) for value in batches]
+
+
+@contextlib.contextmanager
+def in_training_already(*models: Any) -> Iterator[None]:
+    """Let the first model's `train()` do nothing inside, if all of them and what they wrap are in training.
+
+    transformers calls it for each batch, and it walks through all modules: 4,700 of E2B with an adapter (benchmarks/trainer.py).
+    """
+    inner = [model.get_base_model() for model in models if hasattr(model, "get_base_model")]
+    if not all(model.training for model in (*models, *inner)):
+        yield
+        return
+    outer = vars(models[0])
+    whole = models[0].train
+    outer["train"] = lambda mode=True: models[0] if mode else whole(mode)
+    try:
+        yield
+    finally:
+        outer.pop("train", None)
 
 
 def name_rows(dataset: Any, rows: list[int]) -> list[str]:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 TRAIN = """
-import json, sys
+import json, sys, threading
 from pathlib import Path
 
 import forgekit
@@ -30,14 +30,17 @@ found |= {"peft": isinstance(model, PeftModel), "modules": forgekit.count_traina
 chats = [example["messages"] for example in data["train"]]
 found["before"] = measure_loss(model, processor, chats, 8)[0]
 trainer = forgekit.sft_trainer(model, processor, data, config, run)
-collator, seen = trainer.data_collator, []
+collator, seen, threads = trainer.data_collator, [], set()
+type(trainer).reads_ahead = lambda self: True  # as on a GPU
 
 def note(examples):
+    threads.add(threading.current_thread().name.rpartition("_")[0])
     seen.append([example["messages"] for example in examples])
     return collator(examples)
 
 trainer.data_collator = note
 trainer.train()
+found["threads"] = sorted(threads)
 found["fast_path"] = run.record["fast_path"]
 found["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 found["after"] = measure_loss(model, processor, chats, 8)[0]
@@ -87,7 +90,7 @@ def test_unsloth_trains_scores_exports_and_reloads_on_a_cpu(tiny_folder: Path, t
     found = json.loads(out.read_text())
     assert found["unsloth"] and found["peft"] and found["class"] == "Gemma3nForConditionalGeneration"
     assert found["modules"] == 24
-    assert len(found["losses"]) == 6
+    assert len(found["losses"]) == 6 and found["threads"] == ["", "read-ahead"]
     assert found["fast_path"]["batches"] >= 12 and not found["fast_path"]["library_batches"]
     # every learned token of a step weighs the same, as with plain transformers
     assert abs(found["losses"][0] - found["first"]) < 1e-4 < abs(found["mean_of_means"] - found["first"])

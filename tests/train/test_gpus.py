@@ -189,3 +189,36 @@ def test_two_processes_train_and_one_goes_on(make_run: Any, capsys: Any) -> None
     assert {name: value for name, value in os.environ.items() if before.get(name) != value} == {}
     assert "torch" in sys.modules
     assert trainer.evaluate(eval_dataset=trainer.train_dataset.select(range(2)))["eval_loss"] > 0
+
+
+def test_the_logs_figures_are_those_of_all_processes() -> None:
+    """TRL's entropy and accuracy of each batch, in the order of the step's batches, and the tokens seen by all."""
+    import torch
+
+    from forgekit.train.exact import ExactTraining
+
+    class Share(ExactTraining):
+        def __init__(self, rank: int, others: Any):
+            self.group = SimpleNamespace(size=2, gather=lambda mine: others(rank, mine))
+            self.tokens_before, self._total_train_tokens = 100, 100 + 10 * (rank + 1)
+            self._tr_loss = torch.tensor(
+                0.5 + sum(LOSSES[rank]), dtype=torch.float64
+            )  # 0.5: of steps before, not yet logged
+            figures = {"entropy": [9.0, *ENTROPIES[rank]], "num_tokens": [self._total_train_tokens]}
+            self._metrics = {"train": {"mean_token_accuracy": [0.1, 0.2, 0.3], **figures}}
+
+    LOSSES, ENTROPIES = ([1.0, 2.0], [4.0, 8.0]), ([5.0, 6.0], [7.0, 8.0])
+    said: list[Any] = []
+
+    def listen(rank: int, mine: Any) -> Any:
+        said.append(mine)
+        return [list(numbers) for numbers in said] if len(said) == 2 else [list(mine), [20, *LOSSES[1], *ENTROPIES[1], 0.2, 0.3]]  # fmt: skip
+
+    first, second = Share(0, listen), Share(1, listen)
+    for rank, share in enumerate((first, second)):
+        losses = share.exchange_losses([torch.tensor(loss) for loss in LOSSES[rank]])
+        assert [float(loss) for loss in losses] == [1.0, 4.0, 2.0, 8.0]
+        noted = share._metrics["train"]
+        assert noted["entropy"] == [9.0, 5.0, 7.0, 6.0, 8.0] and noted["num_tokens"] == [130]
+        assert noted["mean_token_accuracy"] == [0.1, 0.2, 0.2, 0.3, 0.3] and share._total_train_tokens == 130
+        assert float(share._tr_loss) == pytest.approx(0.5 + 15 / 2)
