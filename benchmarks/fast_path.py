@@ -87,11 +87,12 @@ def count_floor(model: Any, batches: list[dict[str, Any]]) -> dict[str, float]:
     return {"tokens": real, "learned": learned, "floor_tflop": flops / 1e12}
 
 
-def run_side(side: str, shapes: list[str], checkpoint: str, out: Path, turn: Path | None = None) -> None:
+def run_side(side: str, shapes: list[str], checkpoint: str, out: Path, turn: Path | None, longest: float) -> None:
     """Measure shapes with one stack in this process, and append a line for each.
 
     Args:
         turn: a name of files: `.ready` is made when the first shape is warm, and `.go` waited for before anything is timed.
+        longest: seconds after which no further step of a shape begins: a mixed epoch may compile for longer than anybody waits.
     """
     started = time.perf_counter()
     import torch
@@ -117,7 +118,7 @@ def run_side(side: str, shapes: list[str], checkpoint: str, out: Path, turn: Pat
             warm = clock.warm_up(batches, 2 if epoch else WARM)
             if turn and number == 0:
                 wait_for_turn(turn)
-            row |= clock.measure(batches[2:] if epoch else batches, EPOCH - 2 if epoch else STEPS, warm)
+            row |= clock.measure(batches[2:] if epoch else batches, EPOCH - 2 if epoch else STEPS, warm, longest)
             if "graphs" in side:  # which keep memory that torch does not count as allocated
                 row["peak_gib"] = row["reserved_gib"]
                 path = get_fast_path(model)
@@ -126,7 +127,7 @@ def run_side(side: str, shapes: list[str], checkpoint: str, out: Path, turn: Pat
             row |= count_floor(model, batches)
             row["tokens_per_s"] = round(row["tokens"] / row["ms"] * 1000)
             if epoch:  # with all that was compiled on the way
-                row["epoch_tokens_per_s"] = round(row["tokens"] * EPOCH / row["all_steps_s"])
+                row["epoch_tokens_per_s"] = round(row["tokens"] * row["steps"] / row["all_steps_s"])
             device = torch.cuda.get_device_name()
             peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
             row["utilisation"] = round(row["floor_tflop"] * 1e12 / (row["ms"] / 1000) / peak, 3) if peak else None
@@ -218,7 +219,9 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     wanted = {"core": CORE, "all": tuple(SHAPES)}.get(options.rows[0], tuple(options.rows))
     if options.here:
-        run_side(options.sides[0], list(wanted), options.checkpoint, options.out, options.turn)
+        run_side(
+            options.sides[0], list(wanted), options.checkpoint, options.out, options.turn, 0.9 * options.turn_seconds
+        )
         return
     print(HEAD, flush=True)
     if not (options.checkpoint or options.groups):
@@ -240,7 +243,8 @@ def make_command(group: Group, options: argparse.Namespace, turn: Path) -> list[
     """Return the command of the process that measures a side."""
     checkpoint, side, shapes = group
     command = [sys.executable, "-m", "benchmarks.fast_path", checkpoint, "--here", "--sides", side]
-    return [*command, "--out", str(options.out), "--turn", str(turn), "--rows", *shapes]
+    command += ["--out", str(options.out), "--turn", str(turn), "--turn-seconds", str(options.turn_seconds)]
+    return [*command, "--rows", *shapes]
 
 
 def run_in_turn(groups: list[Group], options: argparse.Namespace, folder: Path) -> None:

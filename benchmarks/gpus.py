@@ -25,9 +25,10 @@ from forgekit.hardware import GIB
 
 OUT = Path(__file__).with_name("gpus.jsonl")
 PROMPT = 0.75  # share of a row that is not learned
+FIGURES = ("loss", "entropy", "mean_token_accuracy", "num_tokens")
 WARM = 5  # steps left out of the median: compiling, first allocations
 WORDS = "after again always answer before between bottle bridge bring cabin carry change clear cloud corner every field follow garden green house island letter light market morning never number other paper people piece place quiet river round second short silver simple small stone street table think three under water where window winter write".split()  # fmt: skip
-HEAD = "| GPUs | ms a step | tokens/s | efficiency | first step | start | peak | largest difference of a loss |\n|---|---|---|---|---|---|---|---|"
+HEAD = "| GPUs | ms a step | tokens/s | efficiency | first step | start | peak | batches by CUDA graphs | largest difference of a loss |\n|---|---|---|---|---|---|---|---|---|"
 
 
 def make_rows(tokenizer: Any, number: int, tokens: int) -> list[dict[str, Any]]:
@@ -60,7 +61,7 @@ def make_settings(options: argparse.Namespace, gpus: int) -> dict[str, Any]:
         "train.compile": options.compile,
         "train.memory": options.memory,
         "train.fast": options.fast,
-        "train.save_minutes": None,
+        "train.save_minutes": "none",
         "train.gpus": gpus,
     } | ({"export.formats": ["merged"]} if options.load_in == "full" else {})
 
@@ -100,7 +101,9 @@ def measure(options: argparse.Namespace, gpus: int, folder: Path) -> dict[str, A
     ends = Clock.ends
     steps = sorted(1000 * (b - a) for a, b in zip(ends[WARM:], ends[WARM + 1 :], strict=False))
     stats = read_json(run.path / "metrics" / "training-stats.json")
+    fast = read_json(run.path / "run.json").get("fast_path") or {}
     log = (run.path / "logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [entry for entry in map(json.loads, log) if "loss" in entry]
     return {
         "gpus": gpus,
         "ms": round(median(steps), 2),
@@ -112,7 +115,10 @@ def measure(options: argparse.Namespace, gpus: int, folder: Path) -> dict[str, A
         "first_step_s": stats["first_step_seconds"],
         "start_s": round(ends[0] - started - stats["first_step_seconds"], 1),  # of the other processes
         "peak_gib": stats["peak_gpu_memory_bytes"] and round(stats["peak_gpu_memory_bytes"] / GIB, 2),
-        "losses": [entry["loss"] for entry in map(json.loads, log) if "loss" in entry],
+        "batches": fast.get("batches"),  # of the first process, by the fast path
+        "recorded_batches": fast.get("recorded_batches"),
+        "figures": {name: value for name, value in found[-1].items() if name in FIGURES},  # of the last step
+        "losses": [entry["loss"] for entry in found],
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "versions": {name: version for name, version in find_versions().items() if version},
     }
@@ -121,12 +127,13 @@ def measure(options: argparse.Namespace, gpus: int, folder: Path) -> dict[str, A
 def describe(row: dict[str, Any]) -> str:
     """Return a line of the table."""
     if "error" in row:
-        return f"| {row['gpus']} | {row['error']} | | | | | | |"
+        return f"| {row['gpus']} | {row['error']} | | | | | | | |"
     efficiency = "" if row["efficiency"] is None else f"{row['efficiency']:.0%}"
     difference = "" if row["loss_difference"] is None else f"{row['loss_difference']:.1e}"
+    recorded = f"{row['recorded_batches']} of {row['batches']}" if row["batches"] else ""
     return (
         f"| {row['gpus']} | {row['ms']:.0f} ({row['ms_min']:.0f} to {row['ms_max']:.0f}) | {row['tokens_per_s']:,} | {efficiency} "
-        f"| {row['first_step_s']:.1f} s | {row['start_s']:.0f} s | {row['peak_gib'] or 0:.1f} GiB | {difference} |"
+        f"| {row['first_step_s']:.1f} s | {row['start_s']:.0f} s | {row['peak_gib'] or 0:.1f} GiB | {recorded} | {difference} |"
     )
 
 

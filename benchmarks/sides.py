@@ -6,6 +6,7 @@ All train the same adapter (LoRA r = 8 on the language model) on the same batche
 import contextlib
 import time
 from collections.abc import Callable
+from math import inf
 from typing import Any
 
 import torch
@@ -140,14 +141,18 @@ class Clock:
         """Take the steps in which a side compiles and records; return the seconds of each."""
         return [self.step(batches[number % len(batches)]) for number in range(steps)]
 
-    def measure(self, batches: list[dict[str, torch.Tensor]], steps: int, warm: list[float]) -> dict[str, Any]:
-        """Return ms a step (median), seconds of the first step, and peak GiB after the warm-up.
+    def measure(
+        self, batches: list[dict[str, torch.Tensor]], steps: int, warm: list[float], longest: float = inf
+    ) -> dict[str, Any]:
+        """Return ms a step (median), seconds of the first step, and peak GiB after the warm-up; no step begins after `longest` seconds.
 
         CUDA graphs keep memory that torch does not count as allocated, so beside it stands what the process had reserved.
         """
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        seconds = [self.step(batches[number % len(batches)]) for number in range(steps)]
+        seconds: list[float] = []
+        while len(seconds) < steps and sum(seconds) < longest:
+            seconds.append(self.step(batches[len(seconds) % len(batches)]))
         timed = sorted(seconds)
         every = [*warm, *seconds]
         return {
@@ -155,6 +160,7 @@ class Clock:
             "ms_min": round(1000 * timed[0], 2),
             "ms_max": round(1000 * timed[-1], 2),
             "first_step_s": round(warm[0], 2),
+            "steps": len(every),
             "all_steps_s": round(sum(every), 2),
             "slow_steps_s": round(
                 sum(s for s in every if s > 5 * timed[len(timed) // 2]), 2
