@@ -1,13 +1,13 @@
 """A recipe (YAML) and later settings become one checked, frozen Config that remembers where each value came from.
 
-default < recipe < recipe on top (params/gpu) < notebook < --set < panel      the stronger one wins; None inherits
+default < recipe < recipe on top (params/gpu) < notebook < --set < panel      the stronger one wins; None inherits, `none` empties
 """
 
 import json
 import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 from pydantic import PrivateAttr, ValidationError
 
@@ -49,11 +49,13 @@ class Config(Section):
         """Say where the value of a dotted name came from: "default", the recipe's file name, "notebook", "--set", ..."""
         return self._origins.get(name, "default")
 
+    def list_values(self) -> dict[str, Any]:
+        """Return all values by dotted name as a recipe would give them: `none` where one is empty."""
+        return {name: EMPTY if value is None else value for name, value in flatten(self.model_dump()).items()}
+
     def change(self, settings: Settings, origin: str = "notebook", without: Collection[str] = ()) -> Self:
         """Return a new Config with some dotted names changed and those in `without` back at their defaults, checked as a whole."""
-        layers = [
-            (self._origins.get(name, "default"), {name: value}) for name, value in flatten(self.model_dump()).items()
-        ]
+        layers = [(self.origin(name), {name: value}) for name, value in self.list_values().items()]
         layers = [layer for layer in layers if layer[0] != "default" and not layer[1].keys() & set(without)]
         return type(self)._build([*layers, (origin, read_settings(settings))], self._recipes)
 
@@ -90,7 +92,8 @@ class Config(Section):
                 elif name not in NAMES:
                     problems.append(f"{name or '(no name)'}: no such setting (from {origin}).{suggest(name, NAMES)}")
                 elif value is not None:
-                    values[name], origins[name] = value, origin
+                    values[name] = None if is_empty(name, value) else value
+                    origins[name] = origin
         try:
             config = cls.model_validate(nest(values))
             config._origins, config._recipes = origins, recipes
@@ -118,6 +121,16 @@ MAPPINGS = [
     if isinstance(SECTIONS[name.partition(".")[0]].model_fields[name.partition(".")[2]].default, dict)
 ]
 
+EMPTY = "none"  # empties a setting that a weaker layer fills; None itself inherits
+
+
+def is_empty(name: str, value: Any) -> bool:
+    """Say whether a value is the word that empties this setting; where a setting has to have a value the word is one."""
+    section, _, own = name.partition(".")
+    field = SECTIONS[section].model_fields[own]
+    may_be = field.default is None or type(None) in get_args(field.annotation)
+    return may_be and isinstance(value, str) and value.lower() == EMPTY
+
 
 def load_config(recipe: str | Path | None = None, settings: Settings = None, origin: str | None = None) -> Config:
     """Read a recipe, put `settings` (dotted names, or their JSON / YAML text) on top, and check everything at once.
@@ -125,7 +138,8 @@ def load_config(recipe: str | Path | None = None, settings: Settings = None, ori
     Args:
         recipe: a YAML file; looked for in the current folder and up to two folders above it. Several are joined by " + ":
             "params/text.yaml + params/gpu/16gb.yaml"; a later one is stronger. None: defaults alone.
-        settings: for instance {"train.max_steps": 60}; a nested mapping does too.
+        settings: for instance {"train.max_steps": 60}; a nested mapping does too. The word none empties a setting that the recipe
+            fills: {"train.eval_steps": "none"}.
         origin: what the settings are called in tables; "--set" under `forgekit run`, else "notebook".
 
     Raises:

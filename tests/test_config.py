@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from forgekit.config import NAMES, SECTIONS, Config, flatten, load_config, suggest
 from forgekit.errors import ConfigError
+from forgekit.panels.write import write_recipe as write_panels_recipe
 from forgekit.recipe import RECIPE_LIMIT, find_recipe, parse_yaml
 
 
@@ -81,6 +82,24 @@ def test_none_inherits_and_leaves_the_origin() -> None:
     config = load_config(recipe, {"train.max_steps": None, "adapter": None})
     assert (config.train.max_steps, config.origin("train.max_steps")) == (10, "recipe.yaml")
     assert (config.train.seed, config.origin("train.seed")) == (3407, "default")
+
+
+def test_the_word_none_empties_what_a_weaker_layer_fills(tmp_path: Path) -> None:
+    recipe = write_recipe("train: {eval_steps: 10, save_minutes: none}\ndata: {path: sample:orders}\n")
+    config = load_config(recipe, '{"train.eval_steps": "None", "data.path": "none", "evaluate.rows": "none"}')
+    names = ["train.eval_steps", "train.save_minutes", "data.path", "evaluate.rows"]
+
+    def values(config: Any) -> list[Any]:
+        return [config.train.eval_steps, config.train.save_minutes, config.data.path, config.evaluate.rows]
+
+    assert values(config) == [None] * 4 and values(load_config()) == [None, 5, None, 100]
+    assert [config.origin(name) for name in names] == ["notebook", "recipe.yaml", "notebook", "notebook"]
+    assert values(config.change({"train.seed": 1})) == [None] * 4
+    written = tmp_path / "written.yaml"
+    written.write_text(write_panels_recipe(config), encoding="utf-8")
+    assert values(load_config(written)) == [None] * 4
+    with pytest.raises(ConfigError, match="train.seed is .none.*whole number"):
+        load_config(None, {"train.seed": "none"})
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def find_base(config: "Config", name: str, rows: Given) -> Source:
     if rows is not None:
         if path is not None:
             raise DataError(
-                f"rows are given in memory, and data.path is {path}. Leave out one of the two (data.path: null)."
+                f"rows are given in memory, and data.path is {path}. Leave out one of the two (data.path: none)."
             )
         return Source("rows", lambda: open_list("train", rows))
     if path is None:

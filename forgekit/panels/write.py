@@ -126,7 +126,7 @@ def write_recipe(config: Config, comment: str = "") -> str:
 
     `load_config` reads it back to an equal config.
     """
-    values = {name: value for name, value in flatten(config.model_dump()).items() if config.origin(name) != "default"}
+    values = {name: value for name, value in config.list_values().items() if config.origin(name) != "default"}
     plain = {section: {key: make_plain(value) for key, value in own.items()} for section, own in nest(values).items()}
     order = [section for section in type(config).model_fields if section in plain]
     text = yaml.dump(

@@ -24,7 +24,7 @@ def make_rows(number: int = 6, answer: str = "x") -> Any:
 @pytest.fixture
 def loaded(make_config: Any) -> tuple[Any, Any, Any]:
     config = make_config(
-        {"evaluate.rows": None, "evaluate.per_device_eval_batch_size": 2, "evaluate.max_new_tokens": 4}
+        {"evaluate.rows": "none", "evaluate.per_device_eval_batch_size": 2, "evaluate.max_new_tokens": 4}
     )
     return (*load_model(config), config)
 

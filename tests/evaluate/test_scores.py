@@ -34,7 +34,7 @@ def make_rows() -> Any:
 
 @pytest.fixture
 def loaded(make_config: Any) -> tuple[Any, Any, Any]:
-    config = make_config({"evaluate.rows": None, "evaluate.per_device_eval_batch_size": 2})
+    config = make_config({"evaluate.rows": "none", "evaluate.per_device_eval_batch_size": 2})
     return (*load_model(config), config)
 
 

@@ -205,7 +205,7 @@ def test_the_clock_saves_too(make_run: Any) -> None:
     often = make_run({"train.save_steps": None, "train.save_minutes": 1e-9}, "often")
     often.train()
     assert names(often) == ["checkpoint-3", "checkpoint-4"]
-    seldom = make_run({"train.save_steps": None, "train.save_minutes": None}, "seldom")
+    seldom = make_run({"train.save_steps": None, "train.save_minutes": "none"}, "seldom")
     seldom.train()
     assert names(seldom) == ["checkpoint-4"], "before the end"
     assert Config().train.save_minutes == 5

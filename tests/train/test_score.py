@@ -21,7 +21,7 @@ CHATS.append([*CHATS[0], make_message("user", "And then?"), make_message("assist
 def loaded(make_config: Any) -> Any:
     import torch
 
-    config = make_config({"evaluate.rows": None, "evaluate.metric": "loss"})
+    config = make_config({"evaluate.rows": "none", "evaluate.metric": "loss"})
     model, processor = load_model(config)
     model = add_adapter(model, config)
     for name, parameter in model.named_parameters():
