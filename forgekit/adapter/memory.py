@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import Config
 from ..hardware import GIB, choose_optimizer, shares_weights
 from ..layer_groups import find_tower
-from ..model.load import KEEP_16BIT
+from ..model.load import KEEP_16BIT, keeps_table_back
 from ..model.shapes import Module, Shapes
 from .activations import Step, count_kept, count_loss, count_towers, count_working, read_sizes
 from .fast_memory import choose_fast_step, count_fast, count_table, find_parked
@@ -149,9 +149,11 @@ def estimate_memory(
     fast = choose_fast_step(config, engine)
     if fast:
         kept, working = count_fast(shapes, step, fast, learned)
-        kept_back = config.model.offload_ple == "on" and engine == "huggingface"  # Unsloth loads it onto the GPU
+        kept_back = keeps_table_back(config) and engine == "huggingface"  # Unsloth loads it onto the GPU
         loading = sum(weights) - (count_table(shapes) * unit if kept_back else 0)
-        weights = count_base(config, shapes, unit, (*absent, *find_parked(config, fast, images, clips)))
+        learning = {part for m in plan.modules if m.kind != "LoRA" for part in m.name.split(".")}
+        parked = [name for name in find_parked(config, fast, images, clips) if name not in learning]
+        weights = count_base(config, shapes, unit, (*absent, *parked))
     else:
         fitted, loading = FITTED[engine], 0.0
         kept = count_kept(plan, shapes, step) * fitted

@@ -261,7 +261,8 @@ def load_transformers(config: Config, name: str, dtype: Any) -> "PreTrainedModel
         "8bit": {"load_in_8bit": True},
     }.get(config.model.load_in)
     device = choose_device(config)
-    lent = device == "cuda" and keeps_table_back(config, settings)
+    has_table = bool(getattr(settings.get_text_config(), "vocab_size_per_layer_input", None))  # Gemma 3n alone
+    lent = device == "cuda" and has_table and keeps_table_back(config)
     places = place_beside_table(kind, settings, 0) if lent else {"": 0} if device == "cuda" else None
     if quantisation:  # the last word lets a module that is not packed stay on the CPU
         quantisation = transformers.BitsAndBytesConfig(
@@ -283,10 +284,9 @@ def load_transformers(config: Config, name: str, dtype: Any) -> "PreTrainedModel
     return model
 
 
-def keeps_table_back(config: Config, settings: Any) -> bool:
-    """Say whether the per-layer table, which Gemma 3n alone has, is asked to stay in the machine's memory; one that learns cannot."""
-    asked = config.model.offload_ple == "on" and config.model.load_in != "full"
-    return asked and bool(getattr(settings.get_text_config(), "vocab_size_per_layer_input", None))
+def keeps_table_back(config: Config) -> bool:
+    """Say whether the per-layer table is to stay in the machine's memory while transformers loads; one that learns cannot."""
+    return config.model.offload_ple == "on" and config.model.load_in != "full"
 
 
 def check_complete(config: Config, report: dict[str, Any]) -> None:

@@ -180,6 +180,12 @@ def test_parts_add_up_and_follow_the_settings(released: dict[str, Shapes]) -> No
     assert states["adamw_torch"] / states["adamw_8bit"] == pytest.approx(4, rel=0.05)
     full = estimate(shapes, load_in="full", export__formats=["merged"])
     assert full.gradients == 2 * 4_435_182_688 and full.adapter == 0
+    tables = {}
+    for load_in in ("full", "16bit"):  # a table that learns stays on the GPU, whatever the settings say
+        extra = {"load_in": load_in, "export__formats": ["merged"], "train__fast": "on", "train__memory": "low"}
+        tables[load_in] = [estimate(shapes, **extra, model__offload_ple=switch).peak for switch in ("off", "on")]
+    assert tables["full"][0] == tables["full"][1]
+    assert tables["16bit"][0] - tables["16bit"][1] == pytest.approx(4.0e9, rel=0.02)
     media = {"images": 1, "clips": 1}
     config = make(adapter__layers=["attention", "vision_tower"])
     learns = estimate_memory(plan_layers(config, shapes), config, shapes, **media).towers
