@@ -118,7 +118,7 @@ def find_adapter_conflicts(config: "Config") -> list[str]:
         problems += [
             f"adapter.target_modules is set and adapter.{name} too ({getattr(adapter, name)}, from {config.origin(f'adapter.{name}')}): "
             f"one of the two has to choose. Leave target_modules out, or set adapter.{name}: {empty}."
-            for name, empty in (("layers", "[]"), ("layers_to_transform", "null in the recipe"))
+            for name, empty in (("layers", "[]"), ("layers_to_transform", "none"))
             if getattr(adapter, name) and config.origin(f"adapter.{name}") != "default"
             if name == "layers" or isinstance(adapter.target_modules, str)  # a list of names goes with layers
         ]

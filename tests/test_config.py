@@ -440,3 +440,19 @@ def test_nothing_to_learn_and_nothing_to_keep_are_refused() -> None:
     problems = problems_of({"train.max_steps": 0, "export.formats": []})
     assert [problem.split(" ")[0] for problem in problems] == ["export.formats", "train.max_steps"]
     assert load_config(None, {"train.max_steps": -1}).train.max_steps == -1
+
+
+def test_the_word_none_is_no_file_of_the_current_folder() -> None:
+    from forgekit.runs.parameters import find_here
+
+    write_recipe("x", "none")
+    emptied = {"train.status_file": "none", "data.path": "None", "adapter.path": "none"}
+    assert find_here(emptied) == emptied
+    assert find_here({"model.id": "none"})["model.id"].endswith("/none"), "which has to have a value"
+
+
+def test_what_a_conflict_advises_helps() -> None:
+    recipe = write_recipe("adapter: {layers: [], layers_to_transform: '0-3', target_modules: '.*q_proj'}")
+    advice = "layers_to_transform: none"
+    assert any(advice in problem for problem in problems_of(None, recipe))
+    assert load_config(recipe, {"adapter.layers_to_transform": "none"}).adapter.layers_to_transform is None

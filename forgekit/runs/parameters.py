@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from ..config import PARAMETERS, read_settings
+from ..config import PARAMETERS, is_empty, read_settings
 from ..conflicts import suggest
 from ..errors import ConfigError
 from ..files import write_json
@@ -32,7 +32,9 @@ def find_here(settings: Mapping[str, Any]) -> dict[str, Any]:
     found = read_settings(settings)
     for name in PATHS:
         value = found.get(name)
-        if isinstance(value, str) and value and (name in OUTPUTS or Path(value).expanduser().exists()):
+        if not isinstance(value, str) or not value or is_empty(name, value):
+            continue
+        if name in OUTPUTS or Path(value).expanduser().exists():
             found[name] = str(Path(value).expanduser().absolute())
     general = found.get("evaluate.regression")
     if isinstance(general, dict) and Path(str(general.get("path", ""))).expanduser().is_file():

@@ -4,11 +4,13 @@ With a `group`, several processes take each step together: the same rows, the sa
 """
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..data.collate import IGNORE
 from ..data.randomness import kept_random_numbers
 from ..errors import ModelError
 from ..faults import strike
@@ -32,13 +34,15 @@ class ExactTraining:
     overflows: int
     reader: ReadAhead | None = None
     operations: int | None = None  # floating-point operations of a token, as transformers counts them
-    tokens_before: int = 0  # seen before the step, as TRL counts them
+    step_rows: list[
+        tuple[Any, int]
+    ]  # of each batch since: whether anything was learned from it, and its tokens as TRL counts them
     group: Any = None  # a `Group` while several processes train together
 
     def prepare(self, order: Order, checkpoints: Any) -> None:
         """Set what is needed."""
         self.order, self.checkpoints = order, checkpoints
-        self.step_losses, self.overflows = [], 0
+        self.step_losses, self.step_rows, self.overflows = [], [], 0
 
     # ---- rows -------------------------------------------------------------------------------------------------------
 
@@ -85,6 +89,13 @@ class ExactTraining:
         """Score without drawing from training's random numbers: a score more or less changes no dropout."""
         with kept_random_numbers(), self.group.alone(self) if self.group else contextlib.nullcontext():
             return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._inner_training_loop(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            if self.reader:
+                self.reader.close()
 
     # ---- decisions --------------------------------------------------------------------------------------------------
 
@@ -163,7 +174,7 @@ class ExactTraining:
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         return found if return_outputs else strike("forward", found)
 
-    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Note the batch's loss."""
         trainer: Any = self
         with contextlib.ExitStack() as stack:
@@ -172,12 +183,14 @@ class ExactTraining:
                 self.group.seed_batch(self.order.seed, trainer.state.global_step, len(self.step_losses))
                 # TRL would gather its figures here, and all wait for the slowest at each batch (exchange_losses)
                 stack.enter_context(self.group.alone(trainer))
-                if not self.step_losses:
-                    self.tokens_before = trainer._total_train_tokens
-            loss = super().training_step(model, *args, **kwargs)  # type: ignore[misc]
+                self.step_rows = self.step_rows if self.step_losses else []
+                before, learned = trainer._total_train_tokens, (inputs["labels"] != IGNORE).any()
+            loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         strike("backward", model)
+        if self.group:
+            self.step_rows.append((learned, trainer._total_train_tokens - before))
         self.step_losses.append(loss)
-        if self.reader:
+        if self.reader and trainer.state.global_step + 1 < trainer.state.max_steps:
             self.reader.start()
         return loss
 
@@ -211,21 +224,19 @@ class ExactTraining:
 
         trainer: Any = self
         noted, number = trainer._metrics["train"], len(losses)
-        # TRL's figures of a batch (entropy, accuracy), and the tokens that it has seen since training began
-        names = [name for name in sorted(noted) if name != "num_tokens"]
-        mine = [torch.stack(losses).double().tolist(), *(noted[name][-number:] for name in names)]
-        found = self.group.gather(
-            [trainer._total_train_tokens - self.tokens_before, *(v for part in mine for v in part)]
-        )
-        tokens = [int(numbers.pop(0)) for numbers in found]
-        parts = [
+        names = [name for name in sorted(noted) if name != "num_tokens"]  # TRL's figures of a batch: entropy, accuracy
+        own_tokens = [tokens for _, tokens in self.step_rows]
+        learned = torch.stack([some for some, _ in self.step_rows]).tolist()
+        mine = [torch.stack(losses).double().tolist(), learned, own_tokens, *(noted[name][-number:] for name in names)]
+        found = self.group.gather([float(value) for part in mine for value in part])
+        every, learned, tokens, *figures = [
             merge(numbers[start : start + number] for numbers in found) for start in range(0, len(found[0]), number)
         ]
-        every, figures = parts[0], parts[1:]
         trainer._tr_loss += sum(every) / self.group.size - sum(mine[0])
+        # a batch of rows that fill up a round is nobody's
         for name, values in zip(names, figures, strict=True):
-            noted[name][-number:] = values
-        trainer._total_train_tokens = self.tokens_before + sum(tokens)
+            noted[name][-number:] = itertools.compress(values, learned)
+        trainer._total_train_tokens += int(sum(itertools.compress(tokens, learned))) - sum(own_tokens)
         if "num_tokens" in noted:
             noted["num_tokens"] = [trainer._total_train_tokens]
         return [torch.tensor(loss, device=losses[0].device) for loss in every]
@@ -280,13 +291,14 @@ def in_training_already(*models: Any) -> Iterator[None]:
     if not all(model.training for model in (*models, *inner)):
         yield
         return
-    outer = vars(models[0])
-    whole = models[0].train
+    outer, whole = vars(models[0]), models[0].train
+    own = {"train": whole} if "train" in outer else {}
     outer["train"] = lambda mode=True: models[0] if mode else whole(mode)
     try:
         yield
     finally:
-        outer.pop("train", None)
+        del outer["train"]
+        outer |= own
 
 
 def name_rows(dataset: Any, rows: list[int]) -> list[str]:

@@ -4,7 +4,8 @@
     the other one                                    | collates them: tokens, pixels, spectra        |
 
 Rows are read by training's own thread, one by one, in the order and with the random numbers that they have without this, and
-the other thread rests while anything else than batches is computed: a training's numbers do not depend on who was faster.
+the other thread rests while anything else than batches is computed: a training's numbers do not depend on who was faster. A training
+that ends, in whatever way, closes it.
 """
 
 from collections.abc import Callable, Iterable
@@ -26,7 +27,7 @@ class ReadAhead:
         self.numbers: list[int] = []
         self.place = 0  # in `numbers`, behind the batch that was handed out last
         self.ready: dict[tuple[int, ...], Future[Any]] = {}
-        self.thread = ThreadPoolExecutor(1, "read-ahead")
+        self.thread: ThreadPoolExecutor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -40,12 +41,8 @@ class ReadAhead:
             found = (start for start in starts if self.numbers[start : start + self.size] == numbers)
             self.place = next(found, len(self.numbers))
         self.place += self.size
-        ready = self.ready.pop(self.name(numbers), None)
+        ready = self.ready.pop(tuple(numbers), None)
         return ready.result() if ready else self.collate([self.rows[number] for number in numbers])
-
-    def name(self, numbers: list[int]) -> tuple[int, ...]:
-        """Return what a batch is kept by: rows have other random numbers in another epoch."""
-        return (self.rows.order.epoch, *numbers)
 
     def start(self) -> None:
         """Read the rows of one batch more, and have them collated."""
@@ -56,14 +53,21 @@ class ReadAhead:
         ready: Future[Any] = Future()
         try:
             rows = [self.rows[number] for number in numbers]
+            self.thread = self.thread or ThreadPoolExecutor(1, "read-ahead")
             ready = self.thread.submit(self.collate, rows)
         except Exception as error:  # noqa: BLE001  not of this step: it is raised where the batch is asked for
             ready.set_exception(error)
-        self.ready[self.name(numbers)] = ready
+        self.ready[tuple(numbers)] = ready
 
     def wait(self) -> None:
         """Wait until everything that was started is ready."""
         wait(self.ready.values())
+
+    def close(self) -> None:
+        """Drop what nobody will ask for, and end the thread; another batch begins another one."""
+        thread, self.thread, self.ready = self.thread, None, {}
+        if thread:
+            thread.shutdown(wait=True, cancel_futures=True)
 
 
 def take(batch: Any) -> Any:

@@ -69,6 +69,29 @@ def test_another_weight_of_tokens_is_another_curve(warm: Any, alone: str, mutant
     assert find_difference(dict(warm.read_losses(run)), dict(warm.read_losses(alone))) > 1e-4
 
 
+@pytest.fixture(scope="module")
+def figures(warm: Any) -> Any:
+    """Trains with TRL's loss and returns its figures of each step; the epoch's last step has a batch that fills up a round."""
+
+    def train(settings: dict[str, Any], mutant: str = "use_trls_loss") -> list[dict[str, float]]:
+        run = warm.new_run()
+        assert warm.train(run, settings=settings | {"train.max_steps": 5}, mutant=mutant) == 0, warm.log(run)
+        log = (warm.path(run) / "logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        names = ("loss", "entropy", "mean_token_accuracy", "num_tokens")
+        return [{name: entry[name] for name in names} for entry in map(json.loads, log) if "loss" in entry]
+
+    return train
+
+
+@pytest.mark.parametrize("mutant", [None, pytest.param("gather_in_each_batch", marks=pytest.mark.slow)])
+def test_the_log_of_two_is_that_of_one(figures: Any, mutant: str | None) -> None:
+    alone = figures(PLAIN)
+    together = figures(TWO, mutant) if mutant else figures(TWO)
+    assert len(alone) == len(together) == 5 and alone[3]["num_tokens"] > alone[2]["num_tokens"] > 0
+    differences = [find_difference(ours, theirs) for ours, theirs in zip(together, alone, strict=True)]
+    assert (max(differences) < 1e-5) is (mutant is None), differences
+
+
 @pytest.mark.slow
 def test_dropout_does_not_depend_on_how_many_there_are(warm: Any) -> None:
     runs = []

@@ -279,8 +279,27 @@ def learn_from_fillings() -> None:
     share.collate_shared = lambda collate: collate
 
 
-# taken out before the trainer is made, in all processes
-EARLY = {mutant.__name__: mutant for mutant in (take_means_of_ranks, learn_from_fillings, *parts.EARLY)}
+def use_trls_loss() -> None:
+    """Not a mutant: train by TRL's own loss and figures, as on a GPU; on a CPU the fast path gives it what its kernel would."""
+    import forgekit.train.sft as sft
+
+    choose = sft.choose_trainer
+    sft.choose_trainer = lambda config, engine: choose(config, "unsloth")
+
+
+def gather_in_each_batch() -> None:
+    """Let TRL gather its figures of each batch over all processes."""
+    import contextlib
+
+    from forgekit.train.group import Group
+
+    use_trls_loss()
+    Group.alone = lambda self, trainer: contextlib.nullcontext()
+
+
+# before the trainer is made, in all processes
+EARLY_ONES = (take_means_of_ranks, learn_from_fillings, use_trls_loss, gather_in_each_batch, *parts.EARLY)
+EARLY = {mutant.__name__: mutant for mutant in EARLY_ONES}
 MUTANTS = {
     mutant.__name__: mutant
     for mutant in (restart_schedule, lose_random_numbers, lose_the_epoch, draw_rows_together, save_inside_the_step)

@@ -1,10 +1,13 @@
 """Batches of the next step, made ready while one is computed: the same rows, errors where they belong, the same training."""
 
+import shutil
 import threading
+import time
 from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from forgekit.train import exact
 from forgekit.train.order import Order, SeededRows
@@ -47,6 +50,11 @@ def test_the_batches_are_the_same_and_come_from_the_other_thread() -> None:
     assert set(plain.threads) == {"MainThread"}
     assert [name.startswith("read-ahead") for name in ahead.threads] == [False, True, True] * 3
     assert not ahead.reader.ready
+
+    ahead.reader.start()
+    thread = ahead.reader.thread
+    ahead.reader.close()
+    assert thread._shutdown and not ahead.reader.ready and ahead.reader.thread is None
 
 
 def test_an_error_is_raised_where_its_batch_is_asked_for() -> None:
@@ -94,6 +102,31 @@ def test_a_loader_that_passes_batches_by_goes_on_from_there() -> None:
         reader.wait()
 
 
+class NoteReady(TrainerCallback):
+    """Notes, while the optimiser is at work, batches that are not ready: nothing may go on in the other thread then."""
+
+    def __init__(self, trainer: Any, unready: list[Any]):
+        self.trainer, self.unready = trainer, unready
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        if self.trainer.reader:
+            self.unready += [batch for batch in self.trainer.reader.ready.values() if not batch.done()]
+
+
+def note_collating(trainer: Any, threads: list[str], batches: list[Any]) -> None:
+    collator = trainer.data_collator
+
+    def collate(rows: list[Any]) -> Any:
+        time.sleep(0.05)  # longer than what is left to do in a step
+        threads.append(threading.current_thread().name)
+        if rows[0]["messages"][0]["content"][0]["text"] in prompts:
+            batches.append((trainer.order.epoch, *(row["messages"][0]["content"][0]["text"] for row in rows)))
+        return collator(rows)
+
+    prompts = {row["messages"][0]["content"][0]["text"] for row in trainer.train_dataset}
+    trainer.data_collator = collate
+
+
 def test_a_training_that_reads_ahead_is_the_same_training(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With dropout, two epochs whose last step is a short one, and scores between; resumed in the middle of the second."""
     settings = {
@@ -104,17 +137,17 @@ def test_a_training_that_reads_ahead_is_the_same_training(make_run: Any, monkeyp
     for ahead in (False, True):
         monkeypatch.setattr(exact.ExactTraining, "reads_ahead", lambda self, ahead=ahead: ahead)
         trainer = make_run(settings, f"run-{ahead}")
-        threads = []
-        collator = trainer.data_collator
-        trainer.data_collator = lambda rows, c=collator, t=threads: t.append(threading.current_thread().name) or c(rows)
+        threads, batches, unready = [], [], []
+        note_collating(trainer, threads, batches)
+        trainer.add_callback(NoteReady(trainer, unready))
         trainer.train()
+        assert len(batches) == len({*batches}) == 16, "each once, and none for a step that is not taken"
+        assert not any(unready) and (not ahead or trainer.reader.thread is None)
         histories.append([{k: v for k, v in entry.items() if k in ("step", "loss", "eval_loss")} for entry in trainer.state.log_history])  # fmt: skip
         assert any(name.startswith("read-ahead") for name in threads) is ahead
         assert (trainer.reader is not None) is ahead
     assert histories[0] == histories[1] and len(histories[0]) > 8
     trainer.run.finish("crashed")
-    import shutil
-
     shutil.rmtree(trainer.checkpoints.folder / "checkpoint-8")
     again = make_run(settings, "run-True")
     again.train()
@@ -136,24 +169,38 @@ def test_operations_are_counted_as_transformers_counts_them(make_run: Any, monke
     assert trainer.floating_point_ops({}) == 0
 
 
-def test_a_part_that_was_taken_out_of_training_comes_back() -> None:
+class Outer(torch.nn.Module):
+    """A model that wraps another one, as PEFT's does."""
+
+    def __init__(self, inner: torch.nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def get_base_model(self) -> Any:
+        return self.inner
+
+
+def test_a_model_that_was_taken_out_of_training_comes_back() -> None:
     inner = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(1, 1))
+    outer = Outer(inner)
+    wrapped = torch.nn.Sequential(outer)  # as DistributedDataParallel does
+    for model in (inner, outer):
+        model.eval()
+        with exact.in_training_already(wrapped, outer):
+            wrapped.train()
+        assert outer.training and inner.training and inner[0].training and "train" not in vars(wrapped)
 
-    class Outer(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = inner
 
-        def get_base_model(self) -> Any:
-            return self.inner
-
-    outer = Outer()
-    inner.eval()
-    with exact.in_training_already(outer):
-        outer.train()
-    assert inner.training and inner[0].training and "train" not in vars(outer)
+def test_a_model_in_training_is_not_walked_through() -> None:
+    inner = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(1, 1))
+    outer = Outer(inner)
     inner[0].eval()
     with exact.in_training_already(outer):
-        assert outer.train() is outer and not inner[0].training, "not walked through"
+        assert outer.train() is outer and not inner[0].training
         outer.train(False)
     assert not inner[1].training and "train" not in vars(outer)
+    outer.train = own = outer.train
+    outer.train()
+    with exact.in_training_already(outer):
+        assert vars(outer)["train"] is not own
+    assert vars(outer)["train"] == own
