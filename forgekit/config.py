@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, get_args
 
 from pydantic import PrivateAttr, ValidationError
+from pydantic.fields import FieldInfo
 
 from .conflicts import find_conflicts, suggest
 from .errors import ConfigError
@@ -114,20 +115,22 @@ SECTIONS: dict[str, type[Section]] = {
     "export": Export,
 }
 NAMES = [f"{section}.{name}" for section, fields in SECTIONS.items() for name in fields.model_fields]
-# settings that are mappings themselves, such as adapter.rank_pattern
-MAPPINGS = [
-    name
-    for name in NAMES
-    if isinstance(SECTIONS[name.partition(".")[0]].model_fields[name.partition(".")[2]].default, dict)
-]
 
+
+def find_field(name: str) -> FieldInfo:
+    """Return the field of a dotted name."""
+    section, _, field = name.partition(".")
+    return SECTIONS[section].model_fields[field]
+
+
+# settings that are mappings themselves, such as adapter.rank_pattern
+MAPPINGS = [name for name in NAMES if isinstance(find_field(name).default, dict)]
 EMPTY = "none"  # empties a setting that a weaker layer fills; None itself inherits
 
 
 def is_empty(name: str, value: Any) -> bool:
     """Say whether a value is the word that empties this setting; where a setting has to have a value the word is one."""
-    section, _, own = name.partition(".")
-    field = SECTIONS[section].model_fields[own]
+    field = find_field(name)
     may_be = field.default is None or type(None) in get_args(field.annotation)
     return may_be and isinstance(value, str) and value.lower() == EMPTY
 
@@ -207,8 +210,7 @@ PLAIN_WORDS = {  # pydantic's -> ours
 def explain(problem: Any, values: Mapping[str, Any], origins: Mapping[str, str]) -> str:
     """Turn one of pydantic's findings into a sentence with the name, value, origin, range and help."""
     name = ".".join(str(part) for part in problem["loc"][:2])
-    section, _, field = name.partition(".")
-    help = SECTIONS[section].model_fields[field].description if field else ""
+    help = find_field(name).description if "." in name else ""
     value = values.get(name, problem["input"])
     text = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     text = PLAIN_WORDS.get(text, text)

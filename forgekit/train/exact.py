@@ -25,7 +25,9 @@ class ExactTraining:
     """Stands before a transformers trainer among the bases of a class; `prepare` completes it.
 
     order: which rows are learned from when. checkpoints: when and how they are saved. step_losses: of the batches since the
-    last optimiser step, on their device. reader: where a GPU computes, collates the batches of the next step meanwhile.
+    last optimiser step, on their device. step_rows: of the same batches, where several processes train: whether anything is learned
+    from each, and its tokens as TRL counts them. reader: where a GPU computes, collates the batches of the next step meanwhile.
+    operations: floating-point operations of a token, as transformers counts them. group: while several processes train together.
     """
 
     order: Order
@@ -33,11 +35,9 @@ class ExactTraining:
     step_losses: list[Any]
     overflows: int
     reader: ReadAhead | None = None
-    operations: int | None = None  # floating-point operations of a token, as transformers counts them
-    step_rows: list[
-        tuple[Any, int]
-    ]  # of each batch since: whether anything was learned from it, and its tokens as TRL counts them
-    group: Any = None  # a `Group` while several processes train together
+    operations: int | None = None
+    step_rows: list[tuple[Any, int]]
+    group: Any = None
 
     def prepare(self, order: Order, checkpoints: Any) -> None:
         """Set what is needed."""
@@ -178,7 +178,7 @@ class ExactTraining:
         """Note the batch's loss."""
         trainer: Any = self
         with contextlib.ExitStack() as stack:
-            stack.enter_context(in_training_already(model, getattr(self, "model", model)))
+            stack.enter_context(in_training_already(model, trainer.model))
             if self.group:
                 self.group.seed_batch(self.order.seed, trainer.state.global_step, len(self.step_losses))
                 # TRL would gather its figures here, and all wait for the slowest at each batch (exchange_losses)
