@@ -16,6 +16,7 @@ from ..errors import ModelError
 from ..faults import strike
 from ..hardware import choose_device, choose_dtype, choose_engine, detect_hardware
 from ..tokens import offer_token
+from .compiler import wait_for_stores
 from .timm_args import restore_model_args
 from .trust import NO_CODE, SAFE_ONLY, check_weights
 
@@ -215,6 +216,7 @@ def load_unsloth(config: Config, name: str, dtype: Any) -> "PreTrainedModel":
     """Load through unsloth.FastModel, with its own gradient checkpointing."""
     from unsloth import FastModel
 
+    wait_for_stores()  # Unsloth compiles what it loads
     model, _ = FastModel.from_pretrained(
         name,
         max_seq_length=config.model.max_length,

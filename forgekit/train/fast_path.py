@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..model.compiler import check_compiler
 from .attention import flash_is_right
 from .decoder import find_source
 from .graphs import Graphs
@@ -152,7 +153,8 @@ def enable_fast_path(
         left: says how many batches are still to come, where that is known: a recording has to pay.
         kernel: attention by "flash" or "padded"; "auto": flash where it runs and agrees with padded.
 
-    Returns the FastPath with its counts, or None after one printed line that says why it does not apply.
+    Returns the FastPath with its counts, or None after one printed line that says why it does not apply. Raises ModelError when this
+    torch cannot be trusted to compile (compiler.py).
     """
     disable_fast_path(model)
     base = unwrap(model)
@@ -162,6 +164,8 @@ def enable_fast_path(
         return None
     text = find_text(base)
     config, weight = text.config, text.embed_tokens.weight  # Unsloth keeps norms in float32
+    if compiled and weight.device.type == "cuda":
+        check_compiler()
     if kernel == "auto":
         heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         kernel = "flash" if flash_is_right(weight.device, weight.dtype, *heads) else "padded"

@@ -9,6 +9,7 @@ from typing import Any
 from ..config import Config
 from ..errors import ModelError
 from ..hardware import choose_device
+from ..model.compiler import wait_for_stores
 from ..run_folder import Run
 
 # Compiling took 66 s in a fresh process, and a compiled forward and backward of E2B was 0.2 s faster than an eager one (an H200,
@@ -108,6 +109,8 @@ def choose_compile(trainer: Any, config: Config) -> tuple[bool, str]:
     batches = count_batches(trainer)
     if batches < BATCHES_TO_COMPILE:
         return False, f"not compiled: {batches} batches would not pay for it (train.compile: on does it anyway)"
+    if not wait_for_stores():
+        return False, "not compiled: this torch's compiler makes mistakes in gradients (torch 2.14 does not)"
     return True, f"compiled from the second step on: {batches} batches pay for that minute"
 
 
