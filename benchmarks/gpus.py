@@ -6,13 +6,13 @@ CHECKPOINT is a folder of Gemma 3n; random weights of full size do, because spee
 a process of its own that trains by `sft_trainer`, with all that belongs to a step: collating, gradients over all GPUs, the log. With
 --load-in full the weights are shared out over the GPUs (FSDP2), else each has the whole model (DDP). The rows of a step are the same
 for all; efficiency is the speed-up over one GPU divided by their number. A row is printed and appended to FILE (JSON lines) as it is
-done, and the loss of each step is compared with that of the first number.
+done, and the loss of each step is compared with that of the first number. --one-gpu puts all processes on one GPU: what it takes to see
+whether the curve is the same, also where a machine has no more; its times say nothing.
 """
 
 import argparse
 import json
 import os
-import random
 import subprocess
 import sys
 import tempfile
@@ -21,28 +21,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.rows import make_rows
 from forgekit.hardware import GIB
 
 OUT = Path(__file__).with_name("gpus.jsonl")
-PROMPT = 0.75  # share of a row that is not learned
 FIGURES = ("loss", "entropy", "mean_token_accuracy", "num_tokens")
 WARM = 5  # steps left out of the median: compiling, first allocations
-WORDS = "after again always answer before between bottle bridge bring cabin carry change clear cloud corner every field follow garden green house island letter light market morning never number other paper people piece place quiet river round second short silver simple small stone street table think three under water where window winter write".split()  # fmt: skip
 HEAD = "| GPUs | ms a step | tokens/s | efficiency | first step | start | peak | batches by CUDA graphs | largest difference of a loss |\n|---|---|---|---|---|---|---|---|---|"
-
-
-def make_rows(tokenizer: Any, number: int, tokens: int) -> list[dict[str, Any]]:
-    """Make rows of about so many tokens each, of random words, the last part of each learned."""
-    draw = random.Random(0)
-    sample = " ".join(draw.choices(WORDS, k=1000))
-    words = int(0.97 * tokens / (len(tokenizer(sample, add_special_tokens=False).input_ids) / 1000))
-    cut = max(1, int(PROMPT * words))
-    rows = []
-    for _ in range(number):
-        text = draw.choices(WORDS, k=max(words, cut + 1))
-        parts = {"user": " ".join(text[:cut]), "assistant": " ".join(text[cut:])}
-        rows.append({"messages": [{"role": role, "content": content} for role, content in parts.items()]})
-    return rows
 
 
 def make_settings(options: argparse.Namespace, gpus: int) -> dict[str, Any]:
@@ -52,6 +37,7 @@ def make_settings(options: argparse.Namespace, gpus: int) -> dict[str, Any]:
         "model.id": options.checkpoint,
         "model.engine": options.engine,
         "model.load_in": options.load_in,
+        "model.dtype": options.dtype,
         "model.max_length": 2 * tokens,  # words of the checkpoint's tokenizer are measured, not known
         "train.per_device_train_batch_size": rows,
         "train.gradient_accumulation_steps": options.accumulated,
@@ -69,6 +55,12 @@ def make_settings(options: argparse.Namespace, gpus: int) -> dict[str, Any]:
 def measure(options: argparse.Namespace, gpus: int, folder: Path) -> dict[str, Any]:
     """Train on so many GPUs in this process and its workers; return the row."""
     os.environ["FORGEKIT_RUNS"] = str(folder)
+    if options.one_gpu:
+        share_one_gpu()
+    if options.no_reading_ahead:
+        from forgekit.train.exact import ExactTraining
+
+        ExactTraining.reads_ahead = lambda self: False  # type: ignore[method-assign]
     from forgekit import add_adapter, load_config, load_data, load_model, sft_trainer, start_engine, start_run
 
     config = load_config(None, make_settings(options, gpus))
@@ -89,7 +81,8 @@ def measure(options: argparse.Namespace, gpus: int, folder: Path) -> dict[str, A
     run = start_run(config, f"gpus-{gpus}")
     model, processor = load_model(config)
     batch = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
-    rows = make_rows(get_tokenizer(processor), options.steps * batch, int(options.rows.split("x")[1]))
+    tokens = int(options.rows.split("x")[1])
+    rows = make_rows(get_tokenizer(processor), options.steps * batch, tokens, options.media)
     data = load_data(config, processor, rows=rows)
     lengths = [
         len(ids) for ids in tokenize_rows([data["train"][n]["messages"] for n in range(len(data["train"]))], processor)
@@ -106,6 +99,8 @@ def measure(options: argparse.Namespace, gpus: int, folder: Path) -> dict[str, A
     found = [entry for entry in map(json.loads, log) if "loss" in entry]
     return {
         "gpus": gpus,
+        "one_gpu": options.one_gpu,
+        "reads_ahead": trainer.reads_ahead(),
         "ms": round(median(steps), 2),
         "ms_min": round(steps[0], 2),
         "ms_max": round(steps[-1], 2),
@@ -124,11 +119,26 @@ def measure(options: argparse.Namespace, gpus: int, folder: Path) -> dict[str, A
     }
 
 
+def share_one_gpu() -> None:
+    """Let the processes of a training all use the first GPU. NCCL refuses two on the same GPU of one host, so each is a host of its own."""
+    from forgekit.train import together, workers
+
+    make_environment = workers.make_environment
+
+    def share_first(rank: int, cuda: bool) -> dict[str, str]:
+        return make_environment(0, cuda) | {"NCCL_HOSTID": f"rank{rank}"}
+
+    os.environ["NCCL_HOSTID"] = "rank0"
+    workers.make_environment = share_first
+    together.check_gpus = lambda config: None
+
+
 def describe(row: dict[str, Any]) -> str:
     """Return a line of the table."""
     if "error" in row:
         return f"| {row['gpus']} | {row['error']} | | | | | | | |"
     efficiency = "" if row["efficiency"] is None else f"{row['efficiency']:.0%}"
+    efficiency = "on one GPU" if row["one_gpu"] else efficiency
     difference = "" if row["loss_difference"] is None else f"{row['loss_difference']:.1e}"
     recorded = f"{row['recorded_batches']} of {row['batches']}" if row["batches"] else ""
     return (
@@ -178,12 +188,16 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--memory", default="auto", choices=["low", "auto", "high"])
     parser.add_argument("--fast", default="auto", choices=["auto", "on", "off"])
     parser.add_argument("--load-in", default="16bit", choices=["16bit", "4bit", "full"])
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
+    parser.add_argument("--media", choices=["image", "audio"], help="one in each row")
+    parser.add_argument("--no-reading-ahead", action="store_true", help="collate while the GPU waits")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--bound", type=float, default=1e-3, help="largest difference of a step's loss that passes")
     parser.add_argument(
         "--seconds", type=int, default=400, help="longest time of one number of GPUs, the last checkpoint included"
     )
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--one-gpu", action="store_true", help="all processes on one GPU: for the curve, not for times")
     parser.add_argument("--here", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

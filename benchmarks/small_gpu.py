@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 
-from benchmarks.gpus import make_rows
+from benchmarks.rows import make_rows
 from forgekit import add_adapter, load_config, load_data, load_model, sft_trainer, start_engine, start_run
 from forgekit.data.collate import get_tokenizer
 from forgekit.hardware import GIB

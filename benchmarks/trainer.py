@@ -51,7 +51,7 @@ def time_collating() -> dict[str, float]:
     from PIL import Image
     from transformers import Gemma3nAudioFeatureExtractor, SiglipImageProcessor
 
-    from benchmarks.gpus import make_rows
+    from benchmarks.rows import make_rows
     from forgekit import load_config
     from forgekit.data.collate import Collator, get_tokenizer
     from forgekit.data.messages import check_example
