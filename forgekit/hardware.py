@@ -1,5 +1,6 @@
 """What this machine can do: device, number format, memory."""
 
+import functools
 import os
 import shutil
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from .config import Config
 
 GIB = 2**30
+# The products of layers this wide are done before a second thread, which sleeps while it has nothing to do, is awake: a step of the
+# practice model (96 wide) takes 0.5 s with one thread and 1.2 s with two (benchmarks/README.md).
+ONE_THREAD_WIDTH = 256
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,26 @@ def detect_hardware() -> Hardware:
 def cpu_count() -> int:
     """Count the cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def settle_threads(width: int) -> None:
+    """Let a model whose hidden states are this wide compute with one thread of the CPU, or with as many as torch had chosen.
+
+    Always the same for one model, so a resumed training adds up in the same order. Nothing is done where OMP_NUM_THREADS is set.
+    """
+    import torch
+
+    chosen = count_threads()
+    if not os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(1 if width < ONE_THREAD_WIDTH else chosen)
+
+
+@functools.cache
+def count_threads() -> int:
+    """Return how many threads torch had chosen before this was called for the first time."""
+    import torch
+
+    return torch.get_num_threads()
 
 
 def memory_size() -> int:

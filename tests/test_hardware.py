@@ -158,3 +158,29 @@ def test_free_disk_is_that_of_the_nearest_folder_that_exists(tmp_path: Path, mon
     monkeypatch.setattr(shutil, "disk_usage", measure)
     assert free_disk(tmp_path / "runs" / "new" / "models") == 123
     assert asked == [tmp_path]
+
+
+def test_a_narrow_model_computes_with_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    hardware.count_threads.cache_clear()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    try:
+        torch.set_num_threads(2)
+        for width, threads in ((96, 1), (2048, 2), (255, 1), (256, 2)):
+            hardware.settle_threads(width)
+            assert torch.get_num_threads() == threads, width
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        hardware.settle_threads(96)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+        hardware.count_threads.cache_clear()
+
+
+def test_the_practice_model_is_loaded_for_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    from forgekit.model import load
+
+    widths: list[int] = []
+    monkeypatch.setattr(load, "settle_threads", widths.append)
+    load.load_model(load_config(None, {"model.id": "tiny"}))
+    assert widths == [96]

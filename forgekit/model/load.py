@@ -14,7 +14,7 @@ from ..data.collate import get_tokenizer
 from ..environment import set_environment
 from ..errors import ModelError
 from ..faults import strike
-from ..hardware import choose_device, choose_dtype, choose_engine, detect_hardware
+from ..hardware import choose_device, choose_dtype, choose_engine, detect_hardware, settle_threads
 from ..tokens import offer_token
 from .compiler import wait_for_stores
 from .timm_args import restore_model_args
@@ -202,6 +202,8 @@ def load_model(config: Config) -> tuple["PreTrainedModel", Any]:
         raise ModelError(f"Unsloth does not support this here: {error} Set model.engine: huggingface.") from error
     if Path(name).is_dir():
         restore_model_args(model, name)
+    if choose_device(config) == "cpu":
+        settle_threads(model.config.get_text_config().hidden_size)
     if config.model.load_in != "full":
         model.requires_grad_(False)
     return model, processor
