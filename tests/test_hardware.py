@@ -182,5 +182,5 @@ def test_the_practice_model_is_loaded_for_one_thread(monkeypatch: pytest.MonkeyP
 
     widths: list[int] = []
     monkeypatch.setattr(load, "settle_threads", widths.append)
-    load.load_model(load_config(None, {"model.id": "tiny"}))
+    load.load_model(load_config(None, {"model.id": "tiny", "model.load_in": "16bit"}))
     assert widths == [96]
