@@ -9,9 +9,13 @@ import pytest
 
 from benchmarks import memory
 from benchmarks import slice as slice_benchmark
+from benchmarks.rows import make_rows
 from forgekit.adapter.memory import WORKSPACE
 from forgekit.config import load_config
-from forgekit.model.load import BUILT_IN
+from forgekit.data.collate import get_tokenizer
+from forgekit.data.messages import check_example
+from forgekit.data.parts import load_parts
+from forgekit.model.load import BUILT_IN, load_processor
 
 
 @pytest.mark.slow
@@ -123,3 +127,16 @@ def test_the_benchmark_of_exports_prints_each_kind_and_its_worst(project_folder:
     kinds = ("float32, bfloat16, adapter", "float32, float32, merged", "bfloat16, bfloat16, merged")
     assert all(f"| {kind} | 1 |" in done.stdout for kind in kinds)
     assert "bfloat16, bfloat16, merged: mean divergence, nats a token: worst of 1" in done.stdout
+
+
+@pytest.mark.parametrize("medium", [None, "image", "audio"])
+def test_rows_to_measure_with_are_examples(medium: str | None) -> None:
+    processor = load_processor(load_config(None, {"model.id": "tiny", "model.load_in": "16bit"}))
+    rows = make_rows(get_tokenizer(processor), 3, 50, medium)
+    messages = [load_parts(check_example(row)) for row in rows]
+    kinds = [medium, "text"] if medium else ["text"]
+    assert [[part["type"] for part in turns[0]["content"]] for turns in messages] == 3 * [kinds]
+    if medium == "image":
+        assert {turns[0]["content"][0]["image"].size for turns in messages} == {(800, 600)}
+    if medium == "audio":
+        assert {len(turns[0]["content"][0]["audio"]) for turns in messages} == {160_000}

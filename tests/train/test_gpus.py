@@ -1,6 +1,9 @@
 """How the rows of a step are shared, what `train.gpus` refuses, and one training with a process of its own; tests/faults has the rest."""
 
+import json
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -228,3 +231,37 @@ def test_the_logs_figures_are_those_of_one_process() -> None:
         assert noted["entropy"] == [9.0, 5.0, 7.0, 6.0] and noted["num_tokens"] == [133]
         assert noted["mean_token_accuracy"] == [0.1, 0.2, 0.2, 0.3] and process._total_train_tokens == 133
         assert float(process._tr_loss) == pytest.approx(0.5 + 7 / 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("load_in", ["16bit", "full"])
+def test_2_and_4_processes_on_a_gpu_take_the_steps_of_one(load_in: str, tmp_path: Path, project_folder: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpus",
+        "tiny",
+        "--one-gpu",
+        "--gpus",
+        "1",
+        "2",
+        "4",
+        "--dtype",
+        "float32",
+    ]
+    command += [
+        "--load-in",
+        load_in,
+        "--rows",
+        "4x256",
+        "--steps",
+        "12",
+        "--compile",
+        "off",
+        "--out",
+        str(tmp_path / "rows.jsonl"),
+    ]
+    done = subprocess.run(command, cwd=project_folder, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    differences = [json.loads(line)["loss_difference"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert differences[0] is None and max(differences[1:]) < 1e-5, differences
