@@ -1,6 +1,7 @@
 """Compiled kernels wait before they read back what they have stored; torch before 2.14 forgets it."""
 
 import inspect
+import re
 from typing import Any
 
 import pytest
@@ -100,11 +101,35 @@ def test_a_release_that_cannot_be_mended_is_not_compiled_with(torch_kernel: Any,
     assert speed.choose_compile(None, load_config(None, {})) == (False, "not compiled: this torch's compiler makes mistakes in gradients (torch 2.14 does not)")  # fmt: skip
 
 
+def find_unwaited(code: str) -> list[str]:
+    """Return "kernel: buffer" for each load of a buffer that a Triton kernel has stored before without a barrier in between."""
+    found = []
+    for name, body in re.findall(r"^def (triton_\w+)\(.*?\):\n(.*?)^'''", code, re.DOTALL | re.MULTILINE):
+        stored: set[str] = set()
+        for line in body.splitlines():
+            place = re.search(r"tl\.(load|store)\((\w+)", line)
+            if compiler.BARRIER in line:
+                stored.clear()
+            elif place and place[1] == "store":
+                stored.add(place[2])
+            elif place and place[2] in stored:
+                found.append(f"{name}: {place[2]}")
+    return found
+
+
+@pytest.mark.parametrize(("between", "found"), [("tl.debug_barrier()", []), ("pass", ["triton_red_0: in_out_ptr0"])])
+def test_a_kernel_that_does_not_wait_is_found(between: str, found: list[str]) -> None:
+    lines = ["tmp0 = tl.load(in_out_ptr0 + (x0))", "tl.store(in_out_ptr0 + (x0), tmp0)", between, "tmp1 = tl.load(in_out_ptr0 + (x0))"]  # fmt: skip
+    kernel = "def triton_red_0(in_out_ptr0, xnumel):\n    " + "\n    ".join(lines) + "\n''', device_str='cuda')\n"
+    assert find_unwaited(kernel) == found
+
+
 @pytest.mark.gpu
 def test_compiled_layers_give_the_gradients_of_uncompiled_ones() -> None:
     """At E2B's widths and with old numbers in free memory, where torch 2.11 without the barrier went wrong in most batches."""
     import torch
     from peft import LoraConfig, get_peft_model
+    from torch._inductor.utils import run_and_get_code
     from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 
     from forgekit.train.fast_path import enable_fast_path
@@ -134,5 +159,7 @@ def test_compiled_layers_give_the_gradients_of_uncompiled_ones() -> None:
     enable_fast_path(model, memory="high")
     right = find_gradients()
     enable_fast_path(model, memory="high", compiled=True, uncompiled_batches=0)
+    _, written = run_and_get_code(find_gradients)
+    assert any(compiler.BARRIER in code for code in written) and not any(map(find_unwaited, written))
     lengths = [float(find_gradients().norm() / right.norm()) for _ in range(20)]
     assert all(0.5 < length < 2 for length in lengths), lengths
