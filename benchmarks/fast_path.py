@@ -43,8 +43,8 @@ EPOCH = 200  # batches of the mixed row
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, from the makers' data sheets
 
 
-def make_batch(shape: str, seed: int, config: Any) -> dict[str, Any]:
-    """Make a batch on the GPU: random words, the last part of each row learned, and media if the shape has them."""
+def make_batch(shape: str, seed: int, config: Any, device: str = "cuda") -> dict[str, Any]:
+    """Make a batch: random words, the last part of each row learned, and media if the shape has them."""
     import torch
 
     rows, tokens, prompt, medium, _ = SHAPES[shape]
@@ -68,7 +68,7 @@ def make_batch(shape: str, seed: int, config: Any) -> dict[str, Any]:
         ids[:, 10 : 10 + config.audio_soft_tokens_per_image] = config.audio_token_id
         batch["input_features"] = torch.rand(rows, 3000, 128, generator=generator).bfloat16()
         batch["input_features_mask"] = torch.ones(rows, 3000, dtype=torch.bool)
-    return {name: value.cuda() for name, value in batch.items()}
+    return {name: value.to(device) for name, value in batch.items()}
 
 
 def count_floor(model: Any, batches: list[dict[str, Any]]) -> dict[str, float]:

@@ -11,6 +11,7 @@ whether the curve is the same, also where a machine has no more; its times say n
 """
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -71,6 +72,7 @@ def measure(options: argparse.Namespace, gpus: int, folder: Path) -> dict[str, A
     from forgekit.data.collate import get_tokenizer, tokenize_rows
     from forgekit.files import read_json
     from forgekit.run_folder import find_versions
+    from forgekit.train.group import join_group
 
     class Clock(TrainerCallback):
         ends: list[float] = []
@@ -90,7 +92,10 @@ def measure(options: argparse.Namespace, gpus: int, folder: Path) -> dict[str, A
     trainer = sft_trainer(add_adapter(model, config), processor, data, config, run)
     trainer.add_callback(Clock())
     started = time.perf_counter()
-    trainer.train()
+    with contextlib.ExitStack() as stack:
+        if options.grouped:
+            stack.enter_context(join_group(trainer, 0, 1, folder / "meeting", find_unused=False))
+        trainer.train()
     ends = Clock.ends
     steps = sorted(1000 * (b - a) for a, b in zip(ends[WARM:], ends[WARM + 1 :], strict=False))
     stats = read_json(run.path / "metrics" / "training-stats.json")
@@ -198,6 +203,9 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--one-gpu", action="store_true", help="all processes on one GPU: for the curve, not for times")
+    parser.add_argument(
+        "--grouped", action="store_true", help="one process joins a group, too: what DistributedDataParallel costs"
+    )
     parser.add_argument("--here", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -51,8 +51,8 @@ def load_unsloth(checkpoint: str, load_in: str) -> tuple[Any, Step]:
     return model.train(), lambda batch: model(**batch).loss
 
 
-def load_library(checkpoint: str, load_in: str) -> Any:
-    """transformers' model on the GPU."""
+def load_library(checkpoint: str, load_in: str, device: str = "cuda") -> Any:
+    """transformers' model."""
     from transformers import BitsAndBytesConfig, Gemma3nForConditionalGeneration
 
     from forgekit.model.load import KEEP_16BIT
@@ -64,7 +64,7 @@ def load_library(checkpoint: str, load_in: str) -> Any:
             bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=KEEP_16BIT,
         )  # fmt: skip
     return Gemma3nForConditionalGeneration.from_pretrained(
-        checkpoint, dtype=torch.bfloat16, device_map={"": 0}, **settings
+        checkpoint, dtype=torch.bfloat16, device_map={"": device}, **settings
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import memory
+from benchmarks import gradients, memory
 from benchmarks import slice as slice_benchmark
 from benchmarks.rows import make_rows
 from forgekit.adapter.memory import WORKSPACE
@@ -140,3 +140,18 @@ def test_rows_to_measure_with_are_examples(medium: str | None) -> None:
         assert {turns[0]["content"][0]["image"].size for turns in messages} == {(800, 600)}
     if medium == "audio":
         assert {len(turns[0]["content"][0]["audio"]) for turns in messages} == {160_000}
+
+
+def test_the_gradients_of_all_sides_are_as_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(gradients.SHAPES, "small", (2, 48, 0.5, "text", "16bit"))
+    command = [str(BUILT_IN["tiny"]), "--shapes", "small", "--batches", "2", "--sides", "library", "forgekit-high"]
+    assert gradients.main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("| ") and "small" in line for line in lines) == 4
+    assert lines[-1] == "Batches whose lengths are more than three times apart: 0 of 2"
+    found = iter([1.0, 1.1, 1.0, 1.0, 1.0, 900.0, 1.0, 1.0, 1.0])  # the fifth is no batch's
+    monkeypatch.setattr(gradients, "measure", lambda *_: (0.5, next(found)))
+    assert gradients.main(command) == 1
+    assert capsys.readouterr().out.splitlines()[-1].endswith("1 of 2")
