@@ -1,39 +1,34 @@
-"""What `sft_trainer` adds to TRL's trainer, so that a training resumes exactly, and stops where a number is none.
+"""What `sft_trainer` adds to TRL's trainer, so that a training resumes exactly; step_guards.py looks at each step before.
 
 With a `group`, several processes take each step together: the same rows, the same losses, and decisions that rank 0 makes.
 """
 
 import contextlib
 import itertools
-import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ..data.collate import IGNORE
 from ..data.randomness import kept_random_numbers
-from ..errors import ModelError
 from ..faults import strike
 from ..link import tell
 from .order import Order, SeededRows
 from .read_ahead import ReadAhead, take
+from .step_guards import StepGuards
 
-SCALE_STEPS = 20  # float16 starts with losses scaled by 65536 and halves that at each overflow: below 1 after 17
 
-
-class ExactTraining:
+class ExactTraining(StepGuards):
     """Stands before a transformers trainer among the bases of a class; `prepare` completes it.
 
-    order: which rows are learned from when. checkpoints: when and how they are saved. step_losses: of the batches since the
+    checkpoints: when and how they are saved. step_losses: of the batches since the
     last optimiser step, on their device. step_rows: of the same batches, where several processes train: whether anything is learned
     from each, and its tokens as TRL counts them. reader: where a GPU computes, collates the batches of the next step meanwhile.
     operations: floating-point operations of a token, as transformers counts them. group: while several processes train together.
     """
 
-    order: Order
     checkpoints: Any
     step_losses: list[Any]
-    overflows: int
     reader: ReadAhead | None = None
     operations: int | None = None
     step_rows: list[tuple[Any, int]]
@@ -42,7 +37,8 @@ class ExactTraining:
     def prepare(self, order: Order, checkpoints: Any) -> None:
         """Set what is needed."""
         self.order, self.checkpoints = order, checkpoints
-        self.step_losses, self.step_rows, self.overflows = [], [], 0
+        self.step_losses, self.step_rows = [], []
+        self.start_guards()
 
     # ---- rows -------------------------------------------------------------------------------------------------------
 
@@ -241,40 +237,6 @@ class ExactTraining:
             noted["num_tokens"] = [trainer._total_train_tokens]
         return [torch.tensor(loss, device=losses[0].device) for loss in every]
 
-    def check_finite(self, losses: list[Any], norm: Any) -> None:
-        """Raise ModelError, naming the rows, when a loss or the gradient's length is no number; the weights are still good.
-
-        In float16 a gradient that is too large is no error: the scaler leaves the step out and halves its scale.
-        """
-        import torch
-
-        numbers = torch.stack(
-            [*(loss.float() for loss in losses), torch.as_tensor(norm, device=losses[0].device).float()]
-        )
-        if bool(torch.isfinite(numbers).all()):
-            self.overflows = 0
-            return
-        *found, length = numbers.tolist()
-        bad = [number for number, loss in enumerate(found) if not math.isfinite(loss)]
-        trainer: Any = self
-        if not bad and trainer.accelerator.scaler is not None:
-            self.overflows += 1
-            if self.overflows < SCALE_STEPS:
-                return
-        args, step = trainer.args, trainer.state.global_step
-        size = args.train_batch_size
-        rows = self.order.find_rows(step, size * args.gradient_accumulation_steps * args.world_size)
-        if bad:
-            what = f"The loss is {found[bad[0]]}"
-            rows = [row for number in bad for row in rows[number * size : (number + 1) * size]]
-        else:
-            what = f"The gradient's length is {length}"
-        raise ModelError(
-            f"{what} at step {step + 1}, so training stopped before the weights were changed. Rows of this step: "
-            f"{', '.join(name_rows(trainer.train_dataset, rows))}. Look at them, or lower train.learning_rate; in float16 set "
-            "model.dtype: bfloat16 or float32."
-        )
-
 
 def merge(shares: Iterable[list[float]]) -> list[float]:
     """Return the processes' figures of a step's batches in the order of its rows: batch k is process k modulo their number's."""
@@ -299,10 +261,3 @@ def in_training_already(*models: Any) -> Iterator[None]:
     finally:
         del outer["train"]
         outer |= own
-
-
-def name_rows(dataset: Any, rows: list[int]) -> list[str]:
-    """Return where rows came from, file:line, or their numbers in the training rows, counted from 0, where that is not known."""
-    if "source" not in getattr(dataset, "column_names", ()):
-        return [f"train row {row}" for row in rows]
-    return list(dataset.with_format(None)[rows]["source"])

@@ -76,6 +76,7 @@ def sft_trainer(model: Any, processor: Any, data: "DatasetDict", config: Config,
     if config.train.early_stopping:
         callbacks.append(EarlyStoppingCallback(config.train.early_stopping))
     trainer = make_trainer(model, processor, data, config, run, callbacks)
+    trainer.say = log.write
     train_together(trainer, config, data, plan, run, switch, log.write)
     resume_training(trainer, config, run, log.write)
     guard_training(trainer, switch, log, status, tracking)
