@@ -35,7 +35,7 @@ def wait_for_stores() -> bool:
     from torch._inductor.codegen import triton
 
     kernel = triton.TritonKernel
-    if BARRIER in inspect.getsource(inspect.unwrap(kernel.load)) or hasattr(kernel.load, "_forgekit"):
+    if hasattr(kernel.load, "_forgekit") or BARRIER in inspect.getsource(kernel.load):
         return True
     if not all(hasattr(kernel, name) for name in ("load", "get_load_buffer")) or not hasattr(triton, "DeferredLine"):
         return False

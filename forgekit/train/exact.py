@@ -21,10 +21,10 @@ from .step_guards import StepGuards
 class ExactTraining(StepGuards):
     """Stands before a transformers trainer among the bases of a class; `prepare` completes it.
 
-    checkpoints: when and how they are saved. step_losses: of the batches since the
-    last optimiser step, on their device. step_rows: of the same batches, where several processes train: whether anything is learned
-    from each, and its tokens as TRL counts them. reader: where a GPU computes, collates the batches of the next step meanwhile.
-    operations: floating-point operations of a token, as transformers counts them. group: while several processes train together.
+    checkpoints: when and how they are saved. step_losses: of the batches since the last optimiser step, on their device. step_rows: of
+    the same batches, where several processes train: whether anything is learned from each, and its tokens as TRL counts them. reader:
+    where a GPU computes, collates the batches of the next step meanwhile. operations: floating-point operations of a token, as
+    transformers counts them. group: while several processes train together.
     """
 
     checkpoints: Any

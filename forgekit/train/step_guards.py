@@ -76,7 +76,7 @@ class StepGuards:
     def notice(self, length: float) -> None:
         """Say so, a few times, when a gradient is far longer than those before: its rows are broken, or something that computes it is."""
         usual = median(self.lengths) if len(self.lengths) >= USUAL_STEPS else math.inf
-        if length <= UNUSUAL * usual:
+        if not usual or length <= UNUSUAL * usual:
             self.lengths.append(length)
             return
         self.unusual += 1
@@ -84,7 +84,7 @@ class StepGuards:
             return
         trainer: Any = self
         self.say(
-            f"step {trainer.state.global_step + 1}: the gradient is {length / max(usual, 1e-30):.0f} times as long as usual. Rows: "
+            f"step {trainer.state.global_step + 1}: the gradient is {length / usual:.0f} times as long as usual. Rows: "
             f"{', '.join(name_rows(trainer.train_dataset, self.find_step_rows()))}. Look at them; where other rows do it each time, set "
             f"train.compile: off.{' No more of this is told.' if self.unusual == UNUSUAL_TOLD else ''}"
         )

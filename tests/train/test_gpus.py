@@ -236,32 +236,10 @@ def test_the_logs_figures_are_those_of_one_process() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("load_in", ["16bit", "full"])
 def test_2_and_4_processes_on_a_gpu_take_the_steps_of_one(load_in: str, tmp_path: Path, project_folder: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.gpus",
-        "tiny",
-        "--one-gpu",
-        "--gpus",
-        "1",
-        "2",
-        "4",
-        "--dtype",
-        "float32",
-    ]
-    command += [
-        "--load-in",
-        load_in,
-        "--rows",
-        "4x256",
-        "--steps",
-        "12",
-        "--compile",
-        "off",
-        "--out",
-        str(tmp_path / "rows.jsonl"),
-    ]
+    rows = tmp_path / "rows.jsonl"
+    settings = f"tiny --one-gpu --gpus 1 2 4 --dtype float32 --load-in {load_in} --rows 4x256 --steps 12 --compile off"
+    command = [sys.executable, "-m", "benchmarks.gpus", *settings.split(), "--out", str(rows)]
     done = subprocess.run(command, cwd=project_folder, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    differences = [json.loads(line)["loss_difference"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    differences = [json.loads(line)["loss_difference"] for line in rows.read_text().splitlines()]
     assert differences[0] is None and max(differences[1:]) < 1e-5, differences
