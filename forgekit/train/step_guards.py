@@ -9,7 +9,6 @@ from typing import Any
 from ..errors import ModelError
 from .order import Order
 
-USUAL_STEPS = 10  # gradients after which one is known to be unusual
 UNUSUAL = 100  # times as long as the median of the last hundred
 UNUSUAL_TOLD = 5  # of which so many are told
 SCALE_STEPS = 20  # float16 starts with losses scaled by 65536 and halves that at each overflow: below 1 after 17
@@ -74,14 +73,16 @@ class StepGuards:
         )
 
     def notice(self, length: float) -> None:
-        """Say so, a few times, when a gradient is far longer than those before: its rows are broken, or something that computes it is."""
-        usual = median(self.lengths) if len(self.lengths) >= USUAL_STEPS else math.inf
-        if not usual or length <= UNUSUAL * usual:
+        """Say so, a few times, when a gradient is far longer than those before: its rows are broken, or something that computes it is.
+
+        One before is enough: the first step is not compiled, and where the compiler is wrong each later one may be too long.
+        """
+        usual = median(self.lengths) if self.lengths else 0.0
+        often = self.unusual == UNUSUAL_TOLD  # what was told so often is usual here
+        if not usual or often or length <= UNUSUAL * usual:
             self.lengths.append(length)
             return
         self.unusual += 1
-        if self.unusual > UNUSUAL_TOLD:
-            return
         trainer: Any = self
         self.say(
             f"step {trainer.state.global_step + 1}: the gradient is {length / usual:.0f} times as long as usual. Rows: "

@@ -11,7 +11,7 @@ from forgekit.errors import FreshProcessError, ModelError
 from forgekit.files import read_json
 from forgekit.train.exact import ExactTraining
 from forgekit.train.order import Order
-from forgekit.train.step_guards import SCALE_STEPS, UNUSUAL_TOLD, USUAL_STEPS
+from forgekit.train.step_guards import SCALE_STEPS, UNUSUAL_TOLD
 
 
 @pytest.fixture(autouse=True)
@@ -110,26 +110,36 @@ def test_in_float16_an_overflow_is_left_to_the_scaler_until_it_never_ends() -> N
 def test_a_gradient_far_longer_than_usual_is_told_with_its_rows() -> None:
     trainer, lines = HalfPrecision(), []
     trainer.say = lines.append
-    for length in (900.0, *range(1, 10)):  # nothing is usual yet
+    for length in (0.0, 20.0, *range(1, 10)):  # nothing is usual yet, a zero says nothing, and the rest is
         trainer.check_finite([torch.tensor(1.0)], torch.tensor(length))
     trainer.state.global_step = 2
-    for length in (400.0, 650.0, 500.0):  # medians of 5.5, 6 and 6
+    for length in (400.0, 650.0, 500.0):  # medians of 5, 5.5 and 5.5
         trainer.check_finite([torch.tensor(1.0)], torch.tensor(length))
     rows = ", ".join(f"train row {row}" for row in trainer.order.find_rows(2, 2))
-    assert lines[0].startswith(f"step 3: the gradient is 108 times as long as usual. Rows: {rows}. Look at them;")
+    assert lines[0].startswith(f"step 3: the gradient is 118 times as long as usual. Rows: {rows}. Look at them;")
     assert len(lines) == 1 and list(trainer.lengths)[-2:] == [400.0, 500.0]
     for _ in range(2 * UNUSUAL_TOLD):
         trainer.notice(1e9)
     assert len(lines) == UNUSUAL_TOLD and lines[-1].endswith("No more of this is told.")
+    assert trainer.lengths[-1] == 1e9  # it is usual by now
+
+
+def test_one_step_is_enough_to_know_what_is_usual() -> None:
+    """The first one is not compiled, and what is wrong with compiled ones is told at the second."""
+    trainer, lines = HalfPrecision(), []
+    trainer.say = lines.append
+    for length in (2.9e4, 3.4e6, 3e4):
+        trainer.check_finite([torch.tensor(1.0)], torch.tensor(length))
+    assert len(lines) == 1 and "117 times as long as usual" in lines[0] and "train.compile: off" in lines[0]
 
 
 def test_a_training_s_log_has_that_line(make_run: Any) -> None:
-    trainer = make_run({"train.max_steps": USUAL_STEPS + 2})
+    trainer = make_run({"train.max_steps": 3})
     weight = next(p for name, p in trainer.model.named_parameters() if "lora_B" in name)
-    weight.register_hook(lambda gradient: gradient + 1e5 * (trainer.state.global_step == USUAL_STEPS))
+    weight.register_hook(lambda gradient: gradient + 1e5 * (trainer.state.global_step == 1))
     trainer.train()
     log = (trainer.run.path / "logs" / "training.log").read_text(encoding="utf-8")
-    assert re.search(rf"step {USUAL_STEPS + 1}: the gradient is \d+ times as long as usual\. Rows: short.jsonl:\d", log)
+    assert re.search(r"step 2: the gradient is \d+ times as long as usual\. Rows: short.jsonl:\d", log)
 
 
 def train_in_small_memory(make_run: Any, fits: int, name: str) -> tuple[Any, list[int], Any]:
