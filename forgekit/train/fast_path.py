@@ -1,6 +1,7 @@
 """Turning the fast path (row_skip.py) on and off for a model, and what it saved."""
 
 import functools
+import math
 import types
 from collections import Counter
 from collections.abc import Callable
@@ -11,9 +12,10 @@ import torch
 
 from ..model.compiler import check_compiler
 from .attention import flash_is_right
-from .decoder import find_source
+from .decoder import GATHER, find_source
 from .graphs import Graphs
-from .row_skip import wrap_forward, wrap_text
+from .proof import Form, Unproved
+from .row_skip import run_compiled, wrap_forward, wrap_text
 from .rows import Rows
 
 KINDS = ("Gemma3nForConditionalGeneration", "Gemma3nForCausalLM")
@@ -39,6 +41,9 @@ class FastPath:
     on: bool = True
     rows: Rows | None = None  # of the batch that is in its forward now
     steps: dict[Any, Any] = field(default_factory=dict)  # function -> its compiled form
+    proved: set[Any] = field(default_factory=set)  # forms that were compared with what they were compiled from
+    difference: float | None = None  # the largest that one had, in units of what is allowed
+    why_not_compiled: str | None = None  # once one was wrong
     fallbacks: Counter[str] = field(default_factory=Counter)  # reason -> batches
     batches: int = 0
     places: int = 0  # rows times columns
@@ -57,6 +62,40 @@ class FastPath:
         if (function, again) not in self.steps:
             self.steps[function, again] = compile_again(function) if again else torch.compile(function, options=COMPILER)  # fmt: skip
         return self.steps[function, again]
+
+    def prepare_step(self, function: Any, again: bool) -> Any:
+        """Return a step of a layer in its compiled form, for lengths that may be others in the next batch."""
+        return functools.partial(run_compiled, self.get_step(function, again))
+
+    def require_proof(self, again: bool) -> None:
+        """Raise Unproved when the layers' form for the batch at hand was not compared yet.
+
+        Without gradients nothing is learned from it. Where processes share weights, all would have to compare at the same time.
+        """
+        if self.rows is None or not torch.is_grad_enabled() or GATHER in vars(self.text.layers[0]):
+            return
+        device = self.rows.flat.device.type
+        cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        form = Form(again, self.rows.whole, self.rows.suffix, cast)
+        if form not in self.proved:
+            raise Unproved(form)
+
+    def settle(self, form: Any, share: float, where: str) -> None:
+        """Take the result of a comparison: use a compiled form from now on, or compile nothing any more and say why.
+
+        Args:
+            share: the largest difference, of what is allowed; where: what has it.
+        """
+        self.difference = max(share, self.difference or 0.0)
+        if share <= 1:
+            self.proved.add(form)
+            return
+        self.compiled = False
+        how = f"{share:.2g} times as far off as is allowed" if math.isfinite(share) else "missing, or no number"
+        self.why_not_compiled = f"{where} is {how}"
+        if self.graphs:
+            self.graphs.forget()
+        print(f"fast path: not compiled any more, because of a mistake of the compiler: {self.why_not_compiled}", flush=True)  # fmt: skip
 
     def count(self, rows: Rows) -> None:
         """Note what a batch computed."""
@@ -78,6 +117,8 @@ class FastPath:
             "library_batches": dict(self.fallbacks),
             "kernel": self.kernel,
             "compiled": self.compiled,
+            "compiled_difference": self.difference if math.isfinite(self.difference or 0.0) else None,
+            "why_not_compiled": self.why_not_compiled,
             "recorded_batches": self.graphs.batches if self.graphs else 0,
             "recorded_difference": self.graphs.difference if self.graphs else None,
             "lower_rows_skipped": round(1 - self.tokens / self.places, 4) if self.places else None,

@@ -15,6 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .attention import bound
+from .proof import Unproved
 from .recording import Capture, Decode, Recording, Workshop, capture, describe_shape
 
 TOKENS = 8192  # a longer batch keeps the GPU busy (16,384 tokens of E2B on an H200: nothing to gain), and a recording holds memory
@@ -75,13 +76,20 @@ class Graphs:
             self.look_at_model()
         if self.why_not or self.unfit or not torch.is_grad_enabled():
             return decode(x, per_layer, rows)
-        self.came += 1
-        if x.shape[0] > self.longest:
-            return decode(x, per_layer, rows)
         rows = bound(rows, self.kernel)
         key = describe_shape(x, per_layer, rows)
+        self.came += 1
         self.seen[key] += 1
-        if self.ticket is not None and self.ticket() is not None:  # the shared memory is another batch's
+        try:
+            return self.run_shape(key, decode, x, per_layer, rows)
+        except Unproved:  # the batch begins anew
+            self.came, self.seen[key] = self.came - 1, self.seen[key] - 1
+            raise
+
+    def run_shape(self, key: Any, decode: Decode, x: torch.Tensor, per_layer: torch.Tensor | None, rows: Any) -> torch.Tensor:  # fmt: skip
+        """Run a batch by the recording of its shape, or without one."""
+        taken = self.ticket is not None and self.ticket() is not None  # the shared memory is another batch's
+        if taken or x.shape[0] > self.longest:
             return decode(x, per_layer, rows)
         if key not in self.recordings and self.pays(key) and len(self.recordings) < SHAPES:
             self.record(key, decode, x, per_layer, rows)

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .decoder import GATHER, Call, run_calls, run_decoder
-from .loss import TokenLosses, measure_tokens, score_logits
+from .loss import TokenLosses, measure_tokens
+from .proof import Unproved, prove, score_proved
 from .recompute import Memory, plan_memory, recompute
 from .rows import Rows, choose_rows
 
@@ -86,7 +87,7 @@ def run_model(path: "FastPath", values: dict[str, Any], rows: Rows, statistics: 
     finally:
         path.rows = None
     head, cap = path.base.get_output_embeddings(), path.text.config.final_logit_softcapping
-    tokens = measure_tokens(head, hidden, rows.targets, cap, statistics, path.get_step(score_logits))
+    tokens = measure_tokens(head, hidden, rows.targets, cap, statistics, functools.partial(score_proved, path))
     path.count(rows)
     return tokens
 
@@ -142,12 +143,7 @@ def wrap_text(library: Callable[..., Any], path: "FastPath") -> Any:
         if ids is not None:
             embedded, per_layer = self.embed_tokens(ids), self.get_per_layer_inputs(ids)
         embedded, per_layer = (value if value is None else value.flatten(0, 1).index_select(0, path.rows.flat) for value in (embedded, per_layer))  # fmt: skip
-        plans = plan_batch(path, path.rows.flat.device, path.rows.tokens)
-        if path.graphs and path.compiles:
-            hidden = path.graphs.run(functools.partial(decode, path, plans), embedded, per_layer, path.rows)
-        else:
-            hidden = decode(path, plans, embedded, per_layer, path.rows)
-        return BaseModelOutputWithPast(last_hidden_state=hidden[None])
+        return BaseModelOutputWithPast(last_hidden_state=decode_proved(path, path.rows, embedded, per_layer)[None])
 
     forward._forgekit = path  # type: ignore[attr-defined]
     return forward
@@ -156,6 +152,19 @@ def wrap_text(library: Callable[..., Any], path: "FastPath") -> Any:
 def make_room(path: "FastPath", run: Callable[[], Any]) -> Any:
     """Return what `run` returns, if need be with the memory that recordings hold."""
     return path.graphs.make_room(run) if path.graphs else run()
+
+
+def decode_proved(path: "FastPath", rows: Rows, x: torch.Tensor, per_layer: torch.Tensor | None) -> torch.Tensor:
+    """Run the decoder, by a recording if there is one; compiled forms that this takes are compared first, by `prove`."""
+    while True:
+        plans = plan_batch(path, x.device, rows.tokens)
+        try:
+            if path.graphs and path.compiles:
+                return path.graphs.run(functools.partial(decode, path, plans), x, per_layer, rows)
+            return decode(path, plans, x, per_layer, rows)
+        except Unproved as unproved:
+            form = unproved.form
+        prove(path, form, x, per_layer)  # behind the except, which holds what the batch has kept so far
 
 
 def decode(
@@ -197,7 +206,8 @@ def run_block(
         x = Attach.apply(x, x.new_zeros((), requires_grad=True))
 
     def compiled(again: bool) -> list[Call]:
-        return [call._replace(step=functools.partial(run_compiled, path.get_step(call.step, again))) for call in calls]
+        path.require_proof(again)
+        return [call._replace(step=path.prepare_step(call.step, again)) for call in calls]
 
     def run_again() -> Any:
         return run_calls(compiled(True), x) if memory.span == 1 else recompute(run_calls, compiled(False), x)
