@@ -311,3 +311,17 @@ def test_processes_that_share_weights_do_not_stop_to_compare(small: Any, compile
         vars(layer)[GATHER] = lambda step, *arguments, layer=layer: step(layer, *arguments)
     assert small.difference(right, small.gradients(model, [batch])) < EXACT
     assert not any(isinstance(form, proof.Form) for form in path.proved)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", ["high", "low"])
+def test_torch_s_own_compiler_agrees_in_half_precision(small: Any, memory: str) -> None:
+    """It fuses what is rounded one by one else, so differences are larger than in float32, and allowed."""
+    import torch
+
+    sizes = {"hidden_size": 256, "vocab_size": 5000}  # as wide as it takes for one neuron at a threshold not to decide
+    model = small.add_lora(small.text_model(dtype="bfloat16", **sizes))
+    path = enable(model, memory=memory)
+    with torch.autocast("cpu", torch.bfloat16):
+        small.gradients(model, [small.draw_batch(30)])
+    assert path.compiled and 0 < path.difference <= 1 and len(path.proved) == 2
