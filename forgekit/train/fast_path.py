@@ -43,7 +43,7 @@ class FastPath:
     steps: dict[Any, Any] = field(default_factory=dict)  # function -> its compiled form
     proved: set[Any] = field(default_factory=set)  # forms that were compared with what they were compiled from
     difference: float | None = None  # the largest that one had, in units of what is allowed
-    why_not_compiled: str | None = None  # once one was wrong
+    why_not_compiled: str | None = None  # once that was given up
     fallbacks: Counter[str] = field(default_factory=Counter)  # reason -> batches
     batches: int = 0
     places: int = 0  # rows times columns
@@ -90,12 +90,15 @@ class FastPath:
         if share <= 1:
             self.proved.add(form)
             return
-        self.compiled = False
         how = f"{share:.2g} times as far off as is allowed" if math.isfinite(share) else "missing, or no number"
-        self.why_not_compiled = f"{where} is {how}"
+        self.stop_compiling(f"the compiler made a mistake: {where} is {how}")
+
+    def stop_compiling(self, why: str) -> None:
+        """Compute what follows as it is written, without recordings, and say why."""
+        self.compiled, self.why_not_compiled = False, why
         if self.graphs:
             self.graphs.forget()
-        print(f"fast path: not compiled any more, because of a mistake of the compiler: {self.why_not_compiled}", flush=True)  # fmt: skip
+        print(f"fast path: not compiled any more, because {why}", flush=True)
 
     def count(self, rows: Rows) -> None:
         """Note what a batch computed."""

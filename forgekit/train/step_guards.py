@@ -84,11 +84,25 @@ class StepGuards:
             return
         self.unusual += 1
         trainer: Any = self
+        last = ""
+        if self.unusual == UNUSUAL_TOLD:
+            last = " No more of this is told" + (", and layers are not compiled any more." if self.stop_compiling() else ".")  # fmt: skip
         self.say(
             f"step {trainer.state.global_step + 1}: the gradient is {length / usual:.0f} times as long as usual. Rows: "
             f"{', '.join(name_rows(trainer.train_dataset, self.find_step_rows()))}. Look at them; where other rows do it each time, set "
-            f"train.compile: off.{' No more of this is told.' if self.unusual == UNUSUAL_TOLD else ''}"
+            f"train.compile: off.{last}"
         )
+
+    def stop_compiling(self) -> bool:
+        """Compute the next steps uncompiled, if layers are compiled; say whether they are."""
+        from .fast_path import get_fast_path
+
+        trainer: Any = self
+        path = get_fast_path(trainer.model)
+        if path is None or not path.compiled:
+            return False
+        path.stop_compiling(f"{UNUSUAL_TOLD} gradients were more than {UNUSUAL} times as long as usual")
+        return True
 
 
 def name_rows(dataset: Any, rows: list[int]) -> list[str]:

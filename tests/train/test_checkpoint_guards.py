@@ -10,6 +10,7 @@ import torch
 from forgekit.errors import FreshProcessError, ModelError
 from forgekit.files import read_json
 from forgekit.train.exact import ExactTraining
+from forgekit.train.fast_path import get_fast_path
 from forgekit.train.order import Order
 from forgekit.train.step_guards import SCALE_STEPS, UNUSUAL_TOLD
 
@@ -92,6 +93,7 @@ class HalfPrecision(ExactTraining):
         self.args = types.SimpleNamespace(train_batch_size=2, gradient_accumulation_steps=1, world_size=1)
         self.state = types.SimpleNamespace(global_step=0)
         self.train_dataset = list(range(10))
+        self.model = torch.nn.Linear(1, 1)
 
 
 def test_in_float16_an_overflow_is_left_to_the_scaler_until_it_never_ends() -> None:
@@ -131,6 +133,29 @@ def test_one_step_is_enough_to_know_what_is_usual() -> None:
     for length in (2.9e4, 3.4e6, 3e4):
         trainer.check_finite([torch.tensor(1.0)], torch.tensor(length))
     assert len(lines) == 1 and "117 times as long as usual" in lines[0] and "train.compile: off" in lines[0]
+
+
+def test_gradients_that_stay_too_long_end_the_compiling(make_run: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:  # fmt: skip
+    """A mistake of a compiler that shows now and then passes the comparison of its layers: here it begins with the fourth step."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    trainer = make_run({"train.max_steps": 3 + UNUSUAL_TOLD + 2, "train.compile": "on", "train.save_steps": 100})
+    weight = next(p for name, p in trainer.model.named_parameters() if "lora_B" in name)
+    path: list[Any] = []
+
+    def spoil(gradient: Any) -> Any:
+        path[:] = [get_fast_path(trainer.model)]
+        return gradient + 1e5 * (path[0].compiles and trainer.state.global_step >= 3)
+
+    weight.register_hook(spoil)
+    trainer.train()
+    said, log = capsys.readouterr().out, (trainer.run.path / "logs" / "training.log").read_text(encoding="utf-8")
+    assert log.count("times as long as usual. Rows: ") == UNUSUAL_TOLD
+    assert log.count("No more of this is told, and layers are not compiled any more.") == 1
+    why = f"{UNUSUAL_TOLD} gradients were more than 100 times as long as usual"
+    assert said.count(f"fast path: not compiled any more, because {why}") == 1
+    assert read_json(trainer.run.path / "run.json")["fast_path"]["why_not_compiled"] == why
+    lengths = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert max(lengths[:3] + lengths[-2:]) < 1e3 < min(lengths[3:-2])
 
 
 def test_a_training_s_log_has_that_line(make_run: Any) -> None:

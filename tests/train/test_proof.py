@@ -116,7 +116,7 @@ def test_a_wrong_form_is_never_trained_through(small: Any, compile_as: Any, caps
     for batch, expected in zip(batches, right, strict=True):
         assert small.difference(expected, small.gradients(model, [batch])) < EXACT
     said = capsys.readouterr().out
-    assert said.count("not compiled any more, because of a mistake of the compiler: ") == 1
+    assert said.count("not compiled any more, because the compiler made a mistake: ") == 1
     assert where in said and "agree" not in said
     found = path.summarize()
     assert found["compiled"] is False and where in found["why_not_compiled"] and found["recorded_batches"] == 0
