@@ -8,6 +8,7 @@
               yes   the batch begins anew, and this form serves all later ones
               no    nothing is compiled any more, which is said and stands in run.json
 
+An adapter that has hardly begun to learn would have next to no gradient for its first half, so there is noise on the second one inside.
 All layers are compared and not one of a kind: a mistake may show in some numbers only. One that shows now and then, such as that of
 model/compiler.py, is not sure to be met; step_guards.py tells of gradients that jump.
 """
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from .decoder import Call, Stored, run_calls, run_decoder
-from .guard import GRADIENT_TOLERANCE
+from .guard import GRADIENT_TOLERANCE, NOISE
 from .loss import score_logits
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ def prove(path: "FastPath", form: Form, x: torch.Tensor, per_layer: torch.Tensor
     Args:
         x: [N, H], the batch's embeddings; per_layer: [N, layers, P] or None.
     """
+    from .trial import find_lora_b, perturb
+
     assert path.rows is not None
     bound = find_bound(form.cast or x.dtype)
     found: list[Difference] = []
@@ -82,7 +85,8 @@ def prove(path: "FastPath", form: Form, x: torch.Tensor, per_layer: torch.Tensor
         return streams, {call.module.self_attn.layer_idx: keys} if call.stores else {}
 
     rows_of_table = None if per_layer is None else per_layer.detach().requires_grad_(per_layer.requires_grad)
-    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+    torch.clear_autocast_cache()  # which keeps casts of weights that are others inside
+    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), perturb(find_lora_b(path.text), NOISE):
         run_decoder(
             path.text, x.detach().requires_grad_(x.requires_grad), rows_of_table, path.rows,
             path.windows, path.kernel, run, layers=path.layers,

@@ -127,6 +127,48 @@ def test_a_wrong_form_is_never_trained_through(small: Any, compile_as: Any, caps
     assert path.batches == 2
 
 
+@pytest.mark.parametrize("cast", [False, True])
+def test_a_mistake_in_what_has_hardly_begun_to_learn(small: Any, compile_as: Any, cast: bool) -> None:
+    """lora_B is zero behind a first step of warming up, and lora_A's gradient with it; that of a fresh adapter is lost here."""
+    import torch
+
+    def change(function: Step) -> Step:
+        def run(module: Any, *arguments: Any) -> Any:
+            if not get_name(function).endswith("_layer"):
+                return function(module, *arguments)
+            half, own = module.mlp.up_proj.lora_A["default"], module.mlp.up_proj.lora_A["default"].weight
+            del half._parameters["weight"]
+            half.weight = own.detach() + 0 * own
+            try:
+                return function(module, *arguments)
+            finally:
+                del half.weight
+                half._parameters["weight"] = own
+
+        return run
+
+    model = small.add_lora(small.text_model(dtype="float32"))
+    weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.mul_(0.0 if "lora_B" in name else 1.0)
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    for mistake in (False, True):
+        compile_as(change if mistake else lambda function: function)
+        path = enable(model)
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            right = small.gradients(model, [small.draw_batch(30)])
+            again = small.gradients(
+                model, [small.draw_batch(30)]
+            )  # without a comparison: casts of weights were not kept
+        assert right[0] == again[0] and path.compiled is not mistake
+    assert (
+        "up_proj.lora_A.default.weight is missing" not in path.why_not_compiled
+        and "up_proj.lora_A" in path.why_not_compiled
+    )
+    assert all(torch.equal(weight, before[name]) for name, weight in weights.items())
+
+
 def test_a_wrong_form_would_have_been_trained_through(small: Any, compile_as: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """Without the comparison the same batch gets wrong gradients at the right loss."""
     from forgekit.train.fast_path import FastPath
