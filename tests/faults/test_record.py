@@ -26,7 +26,9 @@ def list_cases() -> set[str]:
     return found | {f"{FOLDER}/test_full_disk.py::{name}[{step}]" for step in test_full_disk.STEPS}
 
 
-def test_the_record_holds_every_case_of_the_suite_and_each_went_as_it_was_to() -> None:
+def test_the_record_holds_every_case_of_the_suite_and_each_went_as_it_was_to(request: pytest.FixtureRequest) -> None:
+    if request.config.getoption("--record"):
+        pytest.skip("the record is being written: what failed before stands in it until it has run again")
     rows = {row["test"]: row for row in read_rows(RECORD)}
     mine = {
         name
