@@ -85,13 +85,15 @@ def prove(path: "FastPath", form: Form, x: torch.Tensor, per_layer: torch.Tensor
         return streams, {call.module.self_attn.layer_idx: keys} if call.stores else {}
 
     rows_of_table = None if per_layer is None else per_layer.detach().requires_grad_(per_layer.requires_grad)
-    torch.clear_autocast_cache()  # which keeps casts of weights that are others inside
-    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), perturb(find_lora_b(path.text), NOISE):
-        run_decoder(
-            path.text, x.detach().requires_grad_(x.requires_grad), rows_of_table, path.rows,
-            path.windows, path.kernel, run, layers=path.layers,
-        )  # fmt: skip
-    torch.clear_autocast_cache()
+    torch.clear_autocast_cache()  # which keeps casts of weights, and those of the second halves are others inside
+    try:
+        with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), perturb(find_lora_b(path.text), NOISE):  # fmt: skip
+            run_decoder(
+                path.text, x.detach().requires_grad_(x.requires_grad), rows_of_table, path.rows,
+                path.windows, path.kernel, run, layers=path.layers,
+            )  # fmt: skip
+    finally:
+        torch.clear_autocast_cache()
     share, where = find_worst(found)
     path.settle(form, share, where)
     if path.compiled:

@@ -62,19 +62,20 @@ def run_uncompiled() -> Iterator[None]:
 
 @contextlib.contextmanager
 def perturb(parameters: dict[str, Any], size: float, seed: int = 0) -> Iterator[None]:
-    """Add seeded noise of a standard deviation `size` to parameters, and put them back."""
-    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    """Add seeded noise of a standard deviation `size` to parameters, and put them back.
+
+    They get other numbers to hold inside: a graph whose backward is still to come may need theirs, and must not find them changed.
+    """
+    before = {name: parameter.data for name, parameter in parameters.items()}
     generator = torch.Generator().manual_seed(seed)
     try:
-        with torch.no_grad():
-            for parameter in parameters.values():
-                noise = torch.randn(parameter.shape, generator=generator) * size
-                parameter.add_(noise.to(parameter.device, parameter.dtype))
+        for parameter in parameters.values():
+            noise = torch.randn(parameter.shape, generator=generator) * size
+            parameter.data = parameter.data + noise.to(parameter.device, parameter.dtype)
         yield
     finally:
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(before[name])
+        for name, parameter in parameters.items():
+            parameter.data = before[name]
 
 
 def choose_layers(text: Any) -> list[int]:

@@ -169,6 +169,48 @@ def test_a_mistake_in_what_has_hardly_begun_to_learn(small: Any, compile_as: Any
     assert all(torch.equal(weight, before[name]) for name, weight in weights.items())
 
 
+def test_two_forwards_before_a_backward(small: Any, compile_as: Any) -> None:
+    """The second meets a form that has to be compared, while the first one's graph still needs the weights as they are."""
+    model = small.add_lora(small.text_model())
+    batch = plain_batch(60, (20, 9))
+    gaps = batch | {"labels": batch["labels"].clone()}
+    gaps["labels"][:, 20:25] = batch["input_ids"][:, 20:25]
+
+    def find() -> Any:
+        model.zero_grad(set_to_none=True)
+        loss = model(**batch).loss + model(**gaps).loss
+        loss.backward()
+        return [float(loss.detach())], {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    right = find()
+    path = enable(model)
+    assert small.difference(right, find()) < EXACT and len(path.proved) == 3
+
+
+def test_a_comparison_that_memory_does_not_suffice_for_leaves_no_trace(small: Any, compile_as: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Recordings give theirs back then, and the batch runs once more, under the same autocast."""
+    import torch
+
+    compute, calls = proof.examine, []
+
+    def run_out(*arguments: Any, **settings: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 10:
+            raise torch.OutOfMemoryError("out of memory")
+        return compute(*arguments, **settings)
+
+    monkeypatch.setattr(proof, "examine", run_out)
+    model, batch = small.add_lora(small.text_model(dtype="float32")), plain_batch(60, (20, 9))
+    path, losses = enable(model), []
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(torch.OutOfMemoryError):
+            model(**batch)
+        losses.append(float(model(**batch).loss.detach()))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses.append(float(model(**batch).loss.detach()))
+    assert losses[0] == losses[1] and path.compiled
+
+
 def test_a_wrong_form_would_have_been_trained_through(small: Any, compile_as: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """Without the comparison the same batch gets wrong gradients at the right loss."""
     from forgekit.train.fast_path import FastPath
