@@ -41,6 +41,7 @@ class FastPath:
     on: bool = True
     rows: Rows | None = None  # of the batch that is in its forward now
     steps: dict[Any, Any] = field(default_factory=dict)  # function -> its compiled form
+    learns: tuple[bool, bool] = (False, False)  # whether the batch's embeddings and per-layer rows have gradients
     proved: set[Any] = field(default_factory=set)  # forms that were compared with what they were compiled from
     difference: float | None = None  # the largest that one had, in units of what is allowed
     why_not_compiled: str | None = None  # once that was given up
@@ -76,7 +77,7 @@ class FastPath:
             return
         device = self.rows.flat.device.type
         cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        form = Form(again, self.rows.whole, self.rows.suffix, cast)
+        form = Form(again, self.rows.whole, self.rows.suffix, self.rows.batch == 1, cast, self.learns)
         if form not in self.proved:
             raise Unproved(form)
 

@@ -76,6 +76,10 @@ class Graphs:
             self.look_at_model()
         if self.why_not or self.unfit or not torch.is_grad_enabled():
             return decode(x, per_layer, rows)
+        if x.shape[0] > self.longest:
+            hidden = decode(x, per_layer, rows)
+            self.came += 1
+            return hidden
         rows = bound(rows, self.kernel)
         key = describe_shape(x, per_layer, rows)
         self.came += 1
@@ -88,8 +92,7 @@ class Graphs:
 
     def run_shape(self, key: Any, decode: Decode, x: torch.Tensor, per_layer: torch.Tensor | None, rows: Any) -> torch.Tensor:  # fmt: skip
         """Run a batch by the recording of its shape, or without one."""
-        taken = self.ticket is not None and self.ticket() is not None  # the shared memory is another batch's
-        if taken or x.shape[0] > self.longest:
+        if self.ticket is not None and self.ticket() is not None:  # the shared memory is another batch's
             return decode(x, per_layer, rows)
         if key not in self.recordings and self.pays(key) and len(self.recordings) < SHAPES:
             self.record(key, decode, x, per_layer, rows)
@@ -140,6 +143,7 @@ class Graphs:
         """Make the recording of a shape, and compare it; where that fails say so, once, and go on without any."""
         workshop = self.workshop
         assert workshop is not None
+        held = workshop.held
         try:
             self.recording = True
             made = workshop.record(decode, x, per_layer, rows)
@@ -152,6 +156,9 @@ class Graphs:
                 if not difference <= allowed:
                     problem = f"a recording is {difference:.2g} off what it recorded"
                 self.difference = max(difference, self.difference or 0.0)
+        except Unproved:  # what was made is dropped
+            workshop.held = held
+            raise
         except RuntimeError as error:
             problem = f"recording failed: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
         finally:

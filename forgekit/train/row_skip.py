@@ -156,6 +156,7 @@ def make_room(path: "FastPath", run: Callable[[], Any]) -> Any:
 
 def decode_proved(path: "FastPath", rows: Rows, x: torch.Tensor, per_layer: torch.Tensor | None) -> torch.Tensor:
     """Run the decoder, by a recording if there is one; compiled forms that this takes are compared first, by `prove`."""
+    path.learns = (x.requires_grad, per_layer is not None and per_layer.requires_grad)
     while True:
         plans = plan_batch(path, x.device, rows.tokens)
         try:
@@ -185,6 +186,8 @@ def decode(
 def plan_batch(path: "FastPath", device: torch.device, tokens: int) -> dict[bool, Memory]:
     """Return the plans of a batch's memory; they are made before a recording, in which nobody may ask the driver what is free."""
     kept = path.memory if path.compiles == path.compiled else "low"  # what fits compiled may not fit before
+    if path.why_not_compiled and kept == "high":  # ... nor behind
+        kept = "auto"
     if path.graphs is None:
         return {False: plan_memory(kept, device, tokens, path.compiles)}
     return {

@@ -11,6 +11,7 @@ from .order import Order
 
 UNUSUAL = 100  # times as long as the median of the last hundred
 UNUSUAL_TOLD = 5  # of which so many are told
+RECENT = 10  # steps of which so many unusual ones, UNUSUAL_TOLD, end the compiling
 SCALE_STEPS = 20  # float16 starts with losses scaled by 65536 and halves that at each overflow: below 1 after 17
 
 
@@ -18,18 +19,20 @@ class StepGuards:
     """Stands among the bases of a trainer's class (exact.py).
 
     order: which rows are learned from when. overflows: steps in turn that float16's scaler left out. lengths: of the last gradients.
-    unusual: how many were far longer than usual. say: writes a line into the log.
+    unusual: how many were far longer than usual. recent: which of the last steps had one. say: writes a line into the log.
     """
 
     order: Order
     overflows: int
     lengths: deque[float]
     unusual: int
+    recent: deque[bool]
     say: Callable[[str], None] = staticmethod(print)
 
     def start_guards(self) -> None:
         """Forget what earlier steps were like."""
         self.overflows, self.lengths, self.unusual = 0, deque(maxlen=100), 0
+        self.recent = deque(maxlen=RECENT)
 
     def check_finite(self, losses: list[Any], norm: Any) -> None:
         """Raise ModelError, naming the rows, when a loss or the gradient's length is no number; the weights are still good.
@@ -78,15 +81,16 @@ class StepGuards:
         One before is enough: the first step is not compiled, and where the compiler is wrong each later one may be too long.
         """
         usual = median(self.lengths) if self.lengths else 0.0
-        often = self.unusual == UNUSUAL_TOLD  # what was told so often is usual here
-        if not usual or often or length <= UNUSUAL * usual:
+        self.recent.append(bool(usual) and length > UNUSUAL * usual)
+        if not self.recent[-1] or self.unusual == UNUSUAL_TOLD:  # what was told so often is usual here
             self.lengths.append(length)
             return
         self.unusual += 1
         trainer: Any = self
-        last = ""
-        if self.unusual == UNUSUAL_TOLD:
-            last = " No more of this is told" + (", and layers are not compiled any more." if self.stop_compiling() else ".")  # fmt: skip
+        last = " No more of this is told" if self.unusual == UNUSUAL_TOLD else ""
+        if sum(self.recent) == UNUSUAL_TOLD and self.stop_compiling():
+            last += ", and layers are not compiled any more"
+        last += "." if last else ""
         self.say(
             f"step {trainer.state.global_step + 1}: the gradient is {length / usual:.0f} times as long as usual. Rows: "
             f"{', '.join(name_rows(trainer.train_dataset, self.find_step_rows()))}. Look at them; where other rows do it each time, set "

@@ -158,6 +158,18 @@ def test_gradients_that_stay_too_long_end_the_compiling(make_run: Any, monkeypat
     assert max(lengths[:3] + lengths[-2:]) < 1e3 < min(lengths[3:-2])
 
 
+def test_an_odd_step_now_and_then_does_not_end_it() -> None:
+    trainer, ended = HalfPrecision(), []
+    trainer.say, trainer.stop_compiling = (lambda line: None), (lambda: ended.append(True) or True)  # type: ignore[method-assign]
+    for step in range(20 * UNUSUAL_TOLD):
+        trainer.notice(1e3 if step % 20 == 10 else 1.0)
+    assert trainer.unusual == UNUSUAL_TOLD and not ended
+    trainer.start_guards()
+    for step in range(20):
+        trainer.notice(1e3 if step > 2 and step % 2 else 1.0)
+    assert ended == [True]
+
+
 def test_a_training_s_log_has_that_line(make_run: Any) -> None:
     trainer = make_run({"train.max_steps": 3})
     weight = next(p for name, p in trainer.model.named_parameters() if "lora_B" in name)
