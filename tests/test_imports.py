@@ -78,6 +78,7 @@ MAY_BE_HEAVY = (
             "fast_path",
             "row_skip",
             "graphs",
+            "proof",
             "recording",
             "rows",
             "decoder",
