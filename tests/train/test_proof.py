@@ -39,6 +39,18 @@ def enable(model: Any, **settings: Any) -> Any:
     return enable_fast_path(model, compiled=True, uncompiled_batches=0, **{"memory": "high"} | settings)
 
 
+def learn_in_between(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch with a second answer amid each row's prompt, so that attention has gaps."""
+    labels = batch["labels"].clone()
+    labels[:, 20:25] = batch["input_ids"][:, 20:25]
+    return batch | {"labels": labels}
+
+
+def find_forms(path: Any) -> set[Any]:
+    """The forms of layers that were compared, without those of scores."""
+    return {form for form in path.proved if isinstance(form, proof.Form)}
+
+
 def change_result(step: str, change: Callable[[Any], Any], layer: int | None = None) -> Callable[[Step], Step]:
     """A compiler that makes a mistake in the first result of a step."""
 
@@ -91,15 +103,15 @@ MISTAKES = {
     "a row's gradient in one layer": (
         change_result("upper_layer", spoil_gradient(spoil_a_row), layer=3),
         "layer 3, gradient of ",
-    ),  # fmt: skip
+    ),
     "a fifth of a gradient": (
         change_result("lower_layer", spoil_gradient(lambda g: 0.8 * g), layer=1),
         "layer 1, gradient of ",
-    ),  # fmt: skip
+    ),
     "no numbers": (
         change_result("lower_layer", spoil_gradient(lambda g: g * float("nan")), layer=0),
         "layer 0, gradient of ",
-    ),  # fmt: skip
+    ),
     "the keys' gradient": (lose_keys, ", gradient of input "),
 }
 
@@ -150,22 +162,18 @@ def test_a_mistake_in_what_has_hardly_begun_to_learn(small: Any, compile_as: Any
     model = small.add_lora(small.text_model(dtype="float32"))
     weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():
-        for name, weight in weights.items():
-            weight.mul_(0.0 if "lora_B" in name else 1.0)
+        for name in filter(lambda name: "lora_B" in name, weights):
+            weights[name].zero_()
     before = {name: weight.detach().clone() for name, weight in weights.items()}
     for mistake in (False, True):
         compile_as(change if mistake else lambda function: function)
         path = enable(model)
         with torch.autocast("cpu", torch.bfloat16, enabled=cast):
             right = small.gradients(model, [small.draw_batch(30)])
-            again = small.gradients(
-                model, [small.draw_batch(30)]
-            )  # without a comparison: casts of weights were not kept
+            again = small.gradients(model, [small.draw_batch(30)])  # not compared: casts of weights were not kept
         assert right[0] == again[0] and path.compiled is not mistake
-    assert (
-        "up_proj.lora_A.default.weight is missing" not in path.why_not_compiled
-        and "up_proj.lora_A" in path.why_not_compiled
-    )
+    assert "up_proj.lora_A" in path.why_not_compiled
+    assert "up_proj.lora_A.default.weight is missing" not in path.why_not_compiled
     assert all(torch.equal(weight, before[name]) for name, weight in weights.items())
 
 
@@ -173,8 +181,7 @@ def test_two_forwards_before_a_backward(small: Any, compile_as: Any) -> None:
     """The second meets a form that has to be compared, while the first one's graph still needs the weights as they are."""
     model = small.add_lora(small.text_model())
     batch = plain_batch(60, (20, 9))
-    gaps = batch | {"labels": batch["labels"].clone()}
-    gaps["labels"][:, 20:25] = batch["input_ids"][:, 20:25]
+    gaps = learn_in_between(batch)
 
     def find() -> Any:
         model.zero_grad(set_to_none=True)
@@ -268,22 +275,21 @@ def test_rows_of_another_kind_and_another_precision_are_compared_anew(small: Any
 
     model = small.add_lora(small.text_model(dtype="float32"))
     path, batch = enable(model), plain_batch(60, (20, 9))
-    gaps = batch | {"labels": batch["labels"].clone()}
-    gaps["labels"][:, 20:25] = batch["input_ids"][:, 20:25]
+    gaps = learn_in_between(batch)
     small.gradients(model, [batch, gaps])
     with torch.autocast("cpu", torch.bfloat16):
         small.gradients(model, [batch])
-    forms = {form for form in path.proved if isinstance(form, proof.Form)}
+    forms = find_forms(path)
     assert {(form.suffix, form.cast) for form in forms} == {(True, None), (False, None), (True, torch.bfloat16)}
     small.gradients(model, [{name: value[:1] if hasattr(value, "shape") else value for name, value in batch.items()}])
     path.text.embed_tokens.weight.requires_grad_()  # as where a tower learns
     small.gradients(model, [batch])
-    forms |= {form for form in path.proved if isinstance(form, proof.Form)}
+    forms |= find_forms(path)
     assert [(form.single, form.learns[0]) for form in forms].count((True, False)) == 1
     assert [(form.single, form.learns[0]) for form in forms].count((False, True)) == 1 and len(forms) == 5
     with torch.no_grad():  # nothing is learned from it
         model(**gaps | {"use_cache": False})
-    assert {form for form in path.proved if isinstance(form, proof.Form)} == forms
+    assert find_forms(path) == forms
 
 
 def test_another_rounding_is_no_mistake(small: Any, compile_as: Any) -> None:
@@ -400,7 +406,7 @@ def test_a_form_that_is_asked_for_in_the_middle_of_a_batch(small: Any, compile_a
         assert small.difference(right, small.gradients(model, [batch])) < EXACT
         assert (path.batches, path.graphs.came) == (number, number)
         assert path.graphs.batches == max(0, number - SEEN + 1)
-    assert {form.again for form in path.proved if isinstance(form, proof.Form)} == {False, True}
+    assert {form.again for form in find_forms(path)} == {False, True}
 
 
 def test_recordings_go_with_a_wrong_form(small: Any, compile_as: Any, record: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
@@ -408,8 +414,7 @@ def test_recordings_go_with_a_wrong_form(small: Any, compile_as: Any, record: An
     import torch
 
     batch = plain_batch(60, (20, 9))
-    gaps = batch | {"labels": batch["labels"].clone()}
-    gaps["labels"][:, 20:25] = batch["input_ids"][:, 20:25]
+    gaps = learn_in_between(batch)
     model = small.add_lora(small.text_model())
     right = {name: small.gradients(model, [some]) for name, some in (("plain", batch), ("gaps", gaps))}
     path = record(model)
@@ -439,7 +444,7 @@ def test_processes_that_share_weights_do_not_stop_to_compare(small: Any, compile
     for layer in path.text.layers:
         vars(layer)[GATHER] = lambda step, *arguments, layer=layer: step(layer, *arguments)
     assert small.difference(right, small.gradients(model, [batch])) < EXACT
-    assert not any(isinstance(form, proof.Form) for form in path.proved)
+    assert not find_forms(path)
 
 
 @pytest.mark.slow
