@@ -15,6 +15,7 @@ from .attention import flash_is_right
 from .decoder import GATHER, find_source
 from .graphs import Graphs
 from .proof import Form, Unproved
+from .recording import find_cast
 from .row_skip import run_compiled, wrap_forward, wrap_text
 from .rows import Rows
 
@@ -75,8 +76,7 @@ class FastPath:
         """
         if self.rows is None or not torch.is_grad_enabled() or GATHER in vars(self.text.layers[0]):
             return
-        device = self.rows.flat.device.type
-        cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        cast = find_cast(self.rows.flat.device)
         form = Form(again, self.rows.whole, self.rows.suffix, self.rows.batch == 1, cast, self.learns)
         if form not in self.proved:
             raise Unproved(form)

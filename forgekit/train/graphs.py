@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from .attention import bound
 from .proof import Unproved
-from .recording import Capture, Decode, Recording, Workshop, capture, describe_shape
+from .recording import Capture, Decode, Recording, Workshop, capture, describe_shape, find_cast
 
 TOKENS = 8192  # a longer batch keeps the GPU busy (16,384 tokens of E2B on an H200: nothing to gain), and a recording holds memory
 SHAPES = 32  # recordings of one training, some MB each
@@ -151,8 +151,7 @@ class Graphs:
             problem = find_lack_of_room(workshop.held, x.device)
             if not problem:
                 difference = workshop.compare(made, decode, x, per_layer, rows)
-                cast = torch.is_autocast_enabled(x.device.type)
-                allowed = TOLERANCE[torch.get_autocast_dtype(x.device.type) if cast else x.dtype]
+                allowed = TOLERANCE[find_cast(x.device) or x.dtype]
                 if not difference <= allowed:
                     problem = f"a recording is {difference:.2g} off what it recorded"
                 self.difference = max(difference, self.difference or 0.0)

@@ -224,10 +224,14 @@ def empty_cache(device: torch.device) -> int:
     return torch.cuda.memory_reserved(device)
 
 
+def find_cast(device: torch.device) -> torch.dtype | None:
+    """Return the precision that autocast computes in, or None outside of it."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
 def describe_shape(x: torch.Tensor, per_layer: torch.Tensor | None, rows: Rows) -> tuple[Any, ...]:
     """Return all that a recording is made for, beside the model."""
-    device = x.device.type
-    cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    cast = find_cast(x.device)
     sizes = (x.shape, rows.upper.index.numel(), rows.batch, rows.lower.longest, rows.upper.longest)
     inputs = (x.dtype, x.requires_grad, None if per_layer is None else (per_layer.dtype, per_layer.requires_grad))
     return (*sizes, rows.whole, rows.suffix, cast, *inputs)
